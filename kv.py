@@ -1,0 +1,1073 @@
+#!/usr/bin/env python3
+"""A key-value server in one file: HTTP over threads, graceful shutdown, a snapshot on disk.
+
+It needs Python 3.9 or later and nothing else, and listens on http://127.0.0.1:8080 unless told
+otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 text of 1 byte to
+10 MiB, and a value comes back byte for byte.
+
+    PUT    /kv/{key}   store the body under key   200, 400, 413
+    GET    /kv/{key}   the value                  200, 400, 404     (HEAD: without the body)
+    DELETE /kv/{key}   remove the key             200, 400          (also if there was none)
+    DELETE /clear      remove every key           200
+    GET    /health     "ok"                       200               (HEAD: without the body)
+
+All pairs live in memory. SIGTERM, SIGINT or SIGHUP shuts the server down and writes them to a
+snapshot in the working directory, from which the next start reads them back:
+
+    0 s    The signal. The listen queue is served to its end and closed, idle connections are
+           closed, requests in flight go on.
+    1 s    Is a request still in flight, what has been acknowledged so far is saved now.
+    12 s   The patience with stalled clients ends, earlier if a save takes long. From here on a
+           write is answered 503, because the last snapshot is being written.
+    15 s   The latest exit, because supervisors send SIGKILL now. Exit code 0 means saved.
+
+Normally nobody stalls, and all of it takes milliseconds. A crash, unlike a shutdown, loses what
+was written since the last snapshot: there is no write-ahead log here.
+
+The file reads from the inside out, and each part knows nothing of those behind it: snapshot,
+store, request syntax, one connection, the server, the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import hmac
+import json
+import mmap
+import os
+import pickle
+import queue
+import random
+import re
+import resource
+import select
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+from urllib.parse import unquote_to_bytes
+
+__version__ = "1.0.0"
+
+
+# ---- Snapshot: all pairs in a file ----
+#
+# The file is a pickle of the dict, followed by the SHA-256 digest of that pickle. Two things must
+# not happen: that a crash in the middle of a save leaves half a file, and that a load believes a
+# file that somebody or something has altered. A pickle is a program for a small stack machine that
+# can call any function, so the second is a matter of safety, too.
+
+SNAPSHOT = "kv.pickle"
+TEMPORARY = SNAPSHOT + ".tmp"
+DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+class SnapshotError(Exception):
+    """The snapshot cannot be trusted; the text says why."""
+
+
+class HashingWriter:
+    """Passes what is written on to a file and keeps the digest of it, so that a save needs no
+    second pass over the data and no copy of it in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+
+class StringsOnly(pickle.Unpickler):
+    """An unpickler that cannot get hold of a function or a class."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise SnapshotError(f"asks for {module}.{name}")
+
+
+def create_temporary(directory: int) -> int:
+    """Return a descriptor of a new, empty temporary file, readable by its owner alone."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(TEMPORARY, dir_fd=directory)  # left behind by a save that was killed
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    return os.open(TEMPORARY, flags, mode=0o600, dir_fd=directory)
+
+
+def save(pairs: dict[str, str], directory: int) -> None:
+    """Replace the snapshot in `directory` (an open descriptor), whole or not at all.
+
+    An OSError (disk full, file too large, directory gone, ...) leaves the old snapshot in place.
+    """
+    try:
+        with open(create_temporary(directory), "wb") as file:
+            writer = HashingWriter(file)
+            pickler = pickle.Pickler(writer, protocol=4)  # 4: the newest one that Python 3.9 writes
+            # Without its memo, which exists for objects that occur twice: it would cost about as
+            # much memory as the store, in the moment when memory is needed least.
+            pickler.fast = True
+            pickler.dump(pairs)
+            file.write(writer.sha256.digest())
+            file.flush()
+            # On the disk before the name points to it: a file system may put the rename first.
+            os.fsync(file.fileno())
+        os.replace(TEMPORARY, SNAPSHOT, src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)  # the rename itself
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(TEMPORARY, dir_fd=directory)  # half a file on a full disk helps nobody
+        raise
+
+
+def load(directory: int) -> dict[str, str]:
+    """Return the pairs of the snapshot in `directory`; none if there is no snapshot.
+
+    Raises SnapshotError if the file is not exactly what `save` wrote, OSError if it cannot be read.
+    """
+    try:
+        # A link is refused, because a save would replace the link and not the file behind it.
+        # O_NONBLOCK, because opening a named pipe would wait for its writer.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(SNAPSHOT, flags, dir_fd=directory)
+    except FileNotFoundError:
+        return {}
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise SnapshotError("not a regular file")
+        if status.st_size <= DIGEST_SIZE:
+            raise SnapshotError("too short")
+        # Mapped instead of read, so that the pairs need not fit into memory twice.
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
+            end = len(data) - DIGEST_SIZE
+            with memoryview(data) as view, view[:end] as pickled:
+                digest = hashlib.sha256(pickled).digest()
+            if not hmac.compare_digest(digest, data[end:]):
+                raise SnapshotError("truncated or altered: its checksum does not match")
+            try:
+                check_opcodes(data, end)
+                pairs = StringsOnly(data).load()
+            except SnapshotError:
+                raise
+            except Exception as error:  # the pickle module promises no particular one
+                raise SnapshotError(f"not a valid pickle: {error}") from error
+    finally:
+        os.close(descriptor)
+    if not isinstance(pairs, dict):
+        raise SnapshotError("not a dict")
+    return pairs
+
+
+def check_opcodes(data: mmap.mmap, end: int) -> None:
+    """Raise SnapshotError unless the pickle in data[:end] is a dict of strings and nothing else.
+
+    A correct checksum proves that the file is whole, not who made it. Refusing to look up classes
+    stops a pickle from running code, but not from crashing the interpreter (a tuple nested a
+    million levels deep as a key) or from eating all memory (one memo entry with a huge number).
+    So only the few opcodes pass that a dict of strings is made of.
+    https://github.com/python/cpython/blob/main/Lib/pickletools.py describes each.
+    """
+    proto, frame, empty_dict, mark, setitem, setitems, stop, short_text, text = (
+        b"\x80\x95}(su.\x8cX"
+    )
+    at = 2 if data[0] == proto else 0
+    if data[at] == frame:
+        at += 9
+    if data[at] != empty_dict:
+        raise SnapshotError("not a dict")
+    at += 1
+    while at < end:
+        opcode = data[at]
+        if opcode == short_text:
+            at += 2 + data[at + 1]
+        elif opcode == text:
+            at += 5 + int.from_bytes(data[at + 1 : at + 5], "little")
+        elif opcode == frame:
+            at += 9
+        elif opcode in (mark, setitem, setitems):
+            at += 1
+        elif opcode == stop and at == end - 1:
+            return
+        else:
+            raise SnapshotError(f"unexpected opcode {opcode:#04x} at byte {at}")
+    raise SnapshotError("has no end")
+
+
+# ---- Store: all pairs in memory ----
+
+
+class Closed(Exception):
+    """The write came too late to be saved."""
+
+
+class Store:
+    """A dict of strings that any number of threads may use at once, until it is closed."""
+
+    def __init__(self, pairs: dict[str, str]) -> None:
+        self._pairs = pairs
+        self._lock = threading.Lock()
+        self._closed = False
+        self._changes = 0
+        self._saved_changes = 0
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def get(self, key: str) -> str | None:
+        with self._lock:
+            return self._pairs.get(key)
+
+    def put(self, key: str, value: str) -> None:
+        """Raises Closed, like the other two writes."""
+        with self._lock:
+            self._begin_write()
+            self._pairs[key] = value
+
+    def delete(self, key: str) -> None:
+        with self._lock:
+            self._begin_write()
+            self._pairs.pop(key, None)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._begin_write()
+            self._pairs.clear()
+
+    def _begin_write(self) -> None:
+        if self._closed:
+            raise Closed
+        self._changes += 1
+
+    def close(self) -> None:
+        """Refuse every write from now on: the save that follows is the last one.
+
+        A write either has the lock before this, and is part of that save, or has it after this,
+        and is refused. There is no third case, and so no acknowledged write that is not saved.
+        """
+        with self._lock:
+            self._closed = True
+
+    def save(self, write: Callable[[dict[str, str]], None]) -> bool:
+        """Hand all pairs to `write` and return True, or False if it has had them all already.
+
+        What `write` raises is passed on, and the pairs count as unsaved.
+        """
+        with self._lock:
+            changes = self._changes
+            if changes == self._saved_changes:
+                return False
+            # A copy of the dict, not of its strings: some milliseconds, and then requests go on
+            # during the seconds that writing it may take.
+            pairs = self._pairs.copy()
+        write(pairs)
+        self._saved_changes = changes
+        return True
+
+
+# ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
+#
+# A server and the proxy in front of it must agree where each request ends, or one client's bytes
+# become the start of another client's request. So what the RFCs do not allow is refused, and
+# nothing is guessed or repaired.
+
+# The largest value, in bytes. A request that is being received holds up to twice this in memory.
+MAX_VALUE = 10 * 1024 * 1024
+# The request line, or a chunk's size with extensions, or a trailer field, in bytes. RFC 9112 3 asks
+# for room for 8,000 at least. More would be memory that each unfinished request can hold.
+MAX_LINE = 8192
+# The header fields of a request, in bytes and in lines. Browsers with all their cookies stay under
+# 16 KiB and 50 lines.
+MAX_HEADER = 32 * 1024
+MAX_FIELDS = 100
+
+TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
+PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next three
+HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
+# Written as "plain (percent plain)*", which takes one step for a run of plain characters.
+PATH = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*(?:" + PERCENT + rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*)*"
+QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
+
+# RFC 9112 3: method, origin-form or absolute-form without user information, and version.
+REQUEST_LINE = re.compile(
+    rb"(" + TOKEN + rb") "
+    rb"(?:(?=/)|(?i:https?)://(?=[^/?:])" + HOST + rb"(?=[/? ]))"
+    rb"(" + PATH + rb")(?:\?" + QUERY + rb")? "
+    rb"HTTP/1\.([01])"
+)
+OTHER_VERSION = re.compile(TOKEN + rb" [^ ]+ HTTP/(?!1\.[01]$)[0-9]\.[0-9]")
+# RFC 9112 5 and RFC 9110 5.5: no white space before the colon, no folding, no control characters.
+FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+HOST_VALUE = re.compile(HOST)
+# RFC 9112 7.1.1: the size, then extensions, which are checked and ignored.
+CHUNK = re.compile(
+    rb"([0-9A-Fa-f]{1,8})"
+    rb"(?:[ \t]*;[ \t]*"
+    + TOKEN
+    + rb"(?:[ \t]*=[ \t]*(?:"
+    + TOKEN
+    + rb'|"(?:[^"\\\x00-\x08\x0a-\x1f'
+    rb'\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"))?)*'
+)
+KEY = re.compile(r"[A-Za-z0-9:_.-]+")
+
+
+class Refusal(Exception):
+    """A request that is answered with an error: its status, a line of text, one more field."""
+
+    def __init__(self, status: HTTPStatus, reason: str, field: str = "") -> None:
+        super().__init__(status, reason, field)
+        self.status, self.reason, self.field = status, reason, field
+
+
+class Fields(NamedTuple):
+    """What the header fields of a request mean for this server."""
+
+    length: int  # of the body, in bytes; 0 if it is chunked
+    chunked: bool
+    keep_alive: bool
+    expects_continue: bool
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, bool]:
+    """Return the method, the path as it was sent, and whether the version is HTTP/1.1."""
+    match = REQUEST_LINE.fullmatch(line)
+    if match and len(line) <= MAX_LINE:
+        method, path, minor = match.groups()
+        return method.decode(), path.decode(), minor == b"1"
+    if len(line) > MAX_LINE:
+        raise Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "request line too long")
+    if OTHER_VERSION.fullmatch(line):
+        raise Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.0 and HTTP/1.1")
+    raise Refusal(HTTPStatus.BAD_REQUEST, "malformed request line")
+
+
+def has_bare_line_end(data: bytes) -> bool:
+    """Whether there is a CR or LF without the other: RFC 9112 2.2. Data may end after a CR."""
+    pairs = data.count(b"\r\n")
+    return data.count(b"\n") > pairs or data.count(b"\r") - data.endswith(b"\r") > pairs
+
+
+def parse_field_lines(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """Return the names, in lower case, and the values."""
+    if len(lines) > MAX_FIELDS:
+        raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields")
+    fields = []
+    for line in lines:
+        match = FIELD.fullmatch(line)
+        if not match:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "malformed header field")
+        fields.append((match[1].lower(), match[2].rstrip(b" \t")))
+    return fields
+
+
+def parse_fields(block: bytes, http11: bool) -> Fields:
+    """Decide from a request's header fields how its body is framed and what happens after it."""
+    if len(block) > MAX_HEADER:
+        raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header too large")
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in parse_field_lines(block.split(b"\r\n") if block else []):
+        values.setdefault(name, []).append(value)
+
+    hosts = values.get(b"host", [])  # RFC 9112 3.2
+    if len(hosts) != 1 and (http11 or hosts):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "a request needs one Host field")
+    if hosts and not HOST_VALUE.fullmatch(hosts[0]):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "invalid Host")
+
+    lengths = set(values.get(b"content-length", []))  # RFC 9112 6.3
+    codings = values.get(b"transfer-encoding", [])
+    if codings and (lengths or not http11):
+        raise Refusal(HTTPStatus.BAD_REQUEST, "Transfer-Encoding not allowed here")
+    if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+        raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "only the chunked transfer coding")
+    digits = lengths.pop() if lengths else b"0"
+    # Not int() alone, which also takes "+1", "1_0" and " 1 ".
+    if lengths or not digits.isdigit():
+        raise Refusal(HTTPStatus.BAD_REQUEST, "invalid Content-Length")
+    digits = digits.lstrip(b"0")[:16] or b"0"  # int() would refuse 5,000 digits in its own way
+    if int(digits) > MAX_VALUE:
+        raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "value too large")
+
+    options = b",".join(values.get(b"connection", [])).lower()  # RFC 9112 9.3
+    connection = {option.strip(b" \t") for option in options.split(b",")}
+    keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
+
+    expectations = {value.lower() for value in values.get(b"expect", [])}  # RFC 9110 10.1.1
+    if expectations - {b"100-continue"}:
+        raise Refusal(HTTPStatus.EXPECTATION_FAILED, "only Expect: 100-continue")
+    return Fields(int(digits), bool(codings), keep_alive, bool(expectations) and http11)
+
+
+# A client repeats its header fields byte for byte with each request, and parsing them costs more
+# than all the rest. 256 blocks of up to 1 KiB are enough for the clients of a busy moment and
+# cannot be made to fill the memory.
+MAX_REMEMBERED_BLOCK = 1024
+remembered_fields = functools.lru_cache(maxsize=256)(parse_fields)
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> bytes:
+    """The Date field's value (RFC 9110 5.6.7), made once a second."""
+    return formatdate(second, usegmt=True).encode()
+
+
+STATUS = {status: f"{status.value} {status.phrase}".encode() for status in HTTPStatus}
+
+
+# ---- Handler: one connection ----
+
+# How long a worker waits, in seconds. An idle connection costs a thread and some 30 KB, so it may
+# stay about as long as a person thinks between two requests.
+IDLE_SECONDS = 60.0
+# For a request's head, which is one packet; for the next piece of a body; for the client to take
+# the next piece of an answer. Whoever needs longer is gone, or holds the worker on purpose.
+STALL_SECONDS = 15.0
+# A body also has to keep up this pace on the whole, or one byte now and then would do. A large
+# upload over a poor line passes.
+BODY_BYTES_PER_SECOND = 1024
+# For what a client is still sending when it has been refused.
+LINGER_SECONDS = 5.0
+# For the request of a connection that was in the listen queue when the server shuts down.
+QUEUED_SECONDS = 0.1
+# Room for any request that is not an upload; every idle connection has such a buffer waiting.
+RECEIVE_SIZE = 8192
+# Uploads in larger pieces, for fewer system calls.
+RECEIVE_BODY_SIZE = 64 * 1024
+
+KV_METHODS = ("GET", "HEAD", "PUT", "DELETE")
+METHODS = {"/health": ("GET", "HEAD"), "/clear": ("DELETE",)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the requests of one connection, one after another.
+
+    The base class brings the frame: setup, handle, finish, and a do_ method for each HTTP method.
+    How it reads a request is too lenient for RFC 9112, and is replaced. `_buffer` has the bytes
+    that have been received and not been used: the next requests may already be among them.
+    """
+
+    server: Server
+
+    def setup(self) -> None:
+        self.connection: socket.socket = self.request
+        # Each answer is one write, and waiting to fill a packet would delay it by up to 40 ms.
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._limit(socket.SO_SNDTIMEO, STALL_SECONDS)
+        self._limit(socket.SO_RCVTIMEO, IDLE_SECONDS)
+        self._has_idle_limit = True
+        self._answered = False
+        self._buffer = b""
+
+    def finish(self) -> None:
+        """There is nothing to flush."""
+
+    def handle(self) -> None:
+        # The client has hung up or stalled for too long: nobody is left to be told.
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True  # unless the request turns out to have an end
+        if not self._buffer and not self._wait_for_request():
+            return
+        self.command = self.requestline = ""
+        try:
+            self.parse_request()
+            try:
+                self._route()
+            except Refusal:
+                # The body is taken all the same, and the connection can go on behind it. But who
+                # asked before sending one is told now, and might then send it or might not.
+                if not self._fields.expects_continue:
+                    self._read_body()
+                    self.close_connection = not self._fields.keep_alive
+                raise
+            self._value = self._read_body()
+            self.close_connection = not self._fields.keep_alive
+            getattr(self, "do_" + self.command)()
+        except Refusal as refusal:
+            self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
+            if self.close_connection:
+                self._linger()
+        except Closed:
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"shutting down\n")
+
+    def parse_request(self) -> bool:
+        """Read a request's head: sets command, path, request_version and `_fields`."""
+        head, end, rest = self._buffer.partition(b"\r\n\r\n")
+        if end:
+            self._buffer = rest
+        else:
+            head = self._read_rest_of_head()
+        line, _, block = head.partition(b"\r\n")
+        if not line:  # RFC 9112 2.2: some clients send an empty line behind a body
+            line, _, block = block.partition(b"\r\n")
+        self.requestline = line.decode("latin-1")
+        self.command, self.path, http11 = parse_request_line(line)
+        self.request_version = "HTTP/1.1" if http11 else "HTTP/1.0"
+        parse = remembered_fields if len(block) <= MAX_REMEMBERED_BLOCK else parse_fields
+        self._fields = parse(block, http11)
+        return True
+
+    def _route(self) -> None:
+        """Check that there is such a path with such a method; under /kv/, set `_key`."""
+        is_kv = self.path.startswith("/kv/")
+        methods = KV_METHODS if is_kv else METHODS.get(self.path, ())
+        if not methods:
+            raise Refusal(HTTPStatus.NOT_FOUND, "not found")
+        if self.command not in methods:
+            allow = f"Allow: {', '.join(methods)}\r\n"
+            raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed", allow)
+        if is_kv:
+            self._key = self.path[4:]
+            if "%" in self._key:
+                # Latin-1 has a character for every byte, and a key takes only the ASCII ones.
+                self._key = unquote_to_bytes(self._key).decode("latin-1")
+            if not self._key:
+                raise Refusal(HTTPStatus.BAD_REQUEST, "key cannot be empty")
+            if not KEY.fullmatch(self._key):
+                raise Refusal(HTTPStatus.BAD_REQUEST, "key contains invalid characters")
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self._answer(HTTPStatus.OK, b"ok\n")
+        elif (value := self.server.store.get(self._key)) is None:
+            self._answer(HTTPStatus.NOT_FOUND, b"key not found\n")
+        else:
+            self._answer(HTTPStatus.OK, value.encode())
+
+    do_HEAD = do_GET  # _answer leaves the body out
+
+    def do_PUT(self) -> None:
+        if not self._value:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "value cannot be empty")
+        try:
+            value = self._value.decode()
+        except UnicodeDecodeError:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "value must be UTF-8 text") from None
+        self.server.store.put(self._key, value)
+        self._answer(HTTPStatus.OK)
+
+    def do_DELETE(self) -> None:
+        if self.path == "/clear":
+            self.server.store.clear()
+        else:
+            self.server.store.delete(self._key)
+        self._answer(HTTPStatus.OK)
+
+    def _answer(self, status: HTTPStatus, body: bytes = b"", field: str = "") -> None:
+        """Send a whole response in one write."""
+        if self.server.draining or self.server.crowded:
+            # Not with further requests in the buffer: they are in flight already.
+            self.close_connection = self.close_connection or not self._buffer
+        if self.close_connection:
+            field += "Connection: close\r\n"
+        elif self.request_version == "HTTP/1.0":
+            field += "Connection: keep-alive\r\n"
+        head = b"HTTP/1.1 %b\r\nDate: %b\r\nContent-Type: text/plain; charset=utf-8\r\n%b" % (
+            STATUS[status],
+            http_date(int(time.time())),
+            field.encode(),
+        )
+        head += b"Content-Length: %d\r\n\r\n" % len(body)
+        self.connection.sendall(head if self.command == "HEAD" else head + body)
+        self._answered = True
+        if self.server.verbose:
+            self.log_request(status.value, len(body))
+
+    def log_request(self, code: object = "-", size: object = "-") -> None:
+        # The line's representation, because a client could have put escape sequences into it.
+        log(f"{self.client_address[0]} {self.requestline!r:.1000} {code} {size}")
+
+    # -- Receiving: waiting for a client, but never for good --
+
+    def _wait_for_request(self) -> bool:
+        """Wait in idleness; return False if the connection ends like that."""
+        if not self._has_idle_limit:
+            self._limit(socket.SO_RCVTIMEO, IDLE_SECONDS)
+            self._has_idle_limit = True
+        # Registered first, then looked whether the server is draining. It does the reverse: sets
+        # `draining`, then closes what is registered. So one of the two notices the other.
+        self.server.idle[self.connection] = self._answered
+        if self.server.draining:
+            self._limit(socket.SO_RCVTIMEO, QUEUED_SECONDS)
+        try:
+            self._buffer = self.connection.recv(RECEIVE_SIZE)
+        finally:
+            del self.server.idle[self.connection]
+        return bool(self._buffer)
+
+    def _read_rest_of_head(self) -> bytes:
+        self._deadline = time.monotonic() + STALL_SECONDS
+        while b"\r\n\r\n" not in self._buffer:
+            if has_bare_line_end(self._buffer):  # the end would never come
+                raise Refusal(HTTPStatus.BAD_REQUEST, "bare CR or LF")
+            if len(self._buffer) > MAX_LINE and b"\r\n" not in self._buffer[2:]:
+                raise Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "request line too long")
+            if len(self._buffer) > MAX_LINE + MAX_HEADER:
+                raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header too large")
+            self._buffer += self._receive(RECEIVE_SIZE)
+        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        return head
+
+    def _read_body(self) -> bytes:
+        """Read the request's body: RFC 9112 6.3. This is the one place that says where it ends."""
+        fields = self._fields
+        if not (fields.length or fields.chunked):
+            return b""
+        if fields.expects_continue and not self._buffer:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._deadline = time.monotonic() + STALL_SECONDS
+        return self._read_chunks() if fields.chunked else self._read(fields.length)
+
+    def _read_chunks(self) -> bytes:
+        """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are checked only."""
+        chunks = []
+        total = 0
+        while True:
+            match = CHUNK.fullmatch(self._read_line())
+            if not match:
+                raise Refusal(HTTPStatus.BAD_REQUEST, "malformed chunk")
+            size = int(match[1], 16)
+            if size == 0:
+                break
+            total += size
+            if total > MAX_VALUE:
+                raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "value too large")
+            chunks.append(self._read(size))
+            if self._read(2) != b"\r\n":
+                raise Refusal(HTTPStatus.BAD_REQUEST, "malformed chunk")
+        trailer = []
+        while line := self._read_line():
+            trailer.append(line)
+            parse_field_lines(trailer)  # each time, so that there are never too many
+        return b"".join(chunks)
+
+    def _read_line(self) -> bytes:
+        while b"\r\n" not in self._buffer and len(self._buffer) <= MAX_LINE:
+            if has_bare_line_end(self._buffer):
+                raise Refusal(HTTPStatus.BAD_REQUEST, "bare CR or LF")
+            self._buffer += self._receive(RECEIVE_SIZE)
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        if len(line) > MAX_LINE:
+            raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "line too long")
+        return line
+
+    def _read(self, size: int) -> bytes:
+        data, self._buffer = self._buffer[:size], self._buffer[size:]
+        if len(data) == size:
+            return data
+        pieces = [data]
+        missing = size - len(data)
+        while missing:
+            # Collected and joined once: adding each to a growing whole copies it every time.
+            pieces.append(self._receive(min(missing, RECEIVE_BODY_SIZE)))
+            missing -= len(pieces[-1])
+            self._deadline += len(pieces[-1]) / BODY_BYTES_PER_SECOND
+        return b"".join(pieces)
+
+    def _receive(self, size: int) -> bytes:
+        """Return 1 to `size` further bytes of a request; wait until the deadline at most."""
+        seconds = min(self._deadline - time.monotonic(), STALL_SECONDS)
+        if seconds > 0:
+            self._limit(socket.SO_RCVTIMEO, seconds)
+            self._has_idle_limit = False
+            with contextlib.suppress(BlockingIOError):
+                data = self.connection.recv(size)
+                if not data:
+                    raise ConnectionAbortedError("the request breaks off")
+                return data
+        raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "request took too long")
+
+    def _limit(self, option: int, seconds: float) -> None:
+        """Have the kernel end a receive or send after `seconds`, with a BlockingIOError.
+
+        Python's own settimeout() would have it poll before each receive: one more system call,
+        and one more time to give up the interpreter lock and queue for it again.
+        """
+        # 0 would mean no limit, so a microsecond at least.
+        timeval = struct.pack("ll", *divmod(max(1, int(seconds * 1_000_000)), 1_000_000))
+        self.connection.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+    def _linger(self) -> None:
+        """Let a client that is still sending read its answer before the connection is closed.
+
+        RFC 9112 9.6: closing with unread input makes the kernel send a reset, which may overtake
+        the answer. So only our direction is closed, and the input thrown away for a while.
+        """
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_SECONDS
+        while (seconds := deadline - time.monotonic()) > 0:
+            self._limit(socket.SO_RCVTIMEO, seconds)
+            if not self.connection.recv(RECEIVE_BODY_SIZE):
+                break
+
+
+# ---- Server: the listener and the worker threads ----
+
+# How often the accept loop looks whether it shall end, in seconds: idling costs 10 looks a second,
+# and a shutdown starts 0.05 s late on average.
+POLL_SECONDS = 0.1
+# Workers that wait for a connection. Fewer would mean starting a thread, about 100 us, for more of
+# the connections; more would keep the memory of a burst for good.
+MAX_SPARE_WORKERS = 64
+# Each connection has a thread: 10,000 of them take 300 MB. Systems allow some 30,000 threads.
+MAX_CONNECTIONS = 10_000
+# Descriptors kept for other things: standard streams, listener, directory, snapshot, and some that
+# the parent process may have left open.
+RESERVED_DESCRIPTORS = 32
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections and gives each to a worker thread, which serves it until it is closed.
+
+    `start` begins, `drain` ends it, `join` waits for what is in flight. In between,
+    a connection over the limit waits in the listen queue until another one ends, and idle ones are
+    then closed, the one that has been idle for longest first.
+
+    The base class's serve_forever, handle_request and shutdown do the accepting and call these
+    hooks: server_bind, get_request, handle_timeout, process_request, shutdown_request,
+    handle_error.
+    """
+
+    # With the default of 5, a burst of clients is left to the retries of their kernels: 1 s, 3 s,
+    # 7 s. The kernel lowers this to what it allows (somaxconn, 4,096 on Linux).
+    request_queue_size = 65_535
+
+    def __init__(self, host: str, port: int, max_connections: int, verbose: bool) -> None:
+        """Bind the address, without listening yet. OSError if that fails."""
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.address_family, address = info[0], cast(Any, info[4])
+        super().__init__(address, Handler, bind_and_activate=False)
+        self.verbose = verbose
+        self.draining = False  # no further connections, and each is closed when it falls idle
+        self.crowded = False  # a connection is waiting for another one to end
+        # The connections waiting for a request, by time; True if it is not their first one.
+        self.idle: dict[socket.socket, bool] = {}
+        self._max_connections = max_connections
+        self._connections = 0
+        # One for each connection, and some spare ones that wait for the next.
+        self._workers: set[threading.Thread] = set()
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # Guards the two before the queue and every close of a connection; notified of the latter.
+        self._closed = threading.Condition()
+        try:
+            self.server_bind()
+        except BaseException:
+            self.server_close()
+            raise
+
+    def server_bind(self) -> None:
+        # Not the one of HTTPServer: it asks the name service for the name of this host.
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def url(self) -> str:
+        host, port = map(str, self.server_address[:2])
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def in_flight(self) -> int:
+        """The number of connections that are not idle."""
+        return self._connections - len(self.idle)
+
+    def start(self, store: Store) -> None:
+        """Listen, and accept connections in a thread of its own."""
+        self.store = store
+        self.server_activate()
+        self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
+        self._acceptor.start()
+
+    def drain(self) -> None:
+        """Stop accepting, close idle connections, let go on what is in flight; do not wait."""
+        self.draining = True
+        self._hang_up(self.idle.copy())
+        self.shutdown()
+
+    def join(self, until: float) -> bool:
+        """Wait for the threads that serve clients, until `until` on the monotonic clock at most.
+
+        Returns whether all of them have ended.
+        """
+        threads = [self._acceptor, *self._workers.copy()]
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        # The acceptor may have started further workers, but not after its end.
+        return not self._acceptor.is_alive() and not self._workers
+
+    # -- The thread that accepts --
+
+    def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
+        super().serve_forever(poll_interval)  # until drain()
+        self.timeout = 0
+        self._queue_is_empty = False
+        while not self._queue_is_empty:
+            self.handle_request()
+        self.server_close()
+        for _ in self._workers.copy():
+            self._jobs.put(None)
+
+    def handle_timeout(self) -> None:
+        self._queue_is_empty = True
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        with self._closed:
+            self.crowded = self._connections >= self._max_connections
+            if self.crowded:
+                idle = [each for each, answered in self.idle.copy().items() if answered]
+                self._hang_up(idle[:1])
+                self._closed.wait(POLL_SECONDS)
+                raise TimeoutError  # back to the loop, which looks for the shutdown, too
+        try:
+            request = super().get_request()
+        except OSError:
+            # Out of descriptors, for instance, with the listener still ready: do not spin.
+            time.sleep(POLL_SECONDS)
+            raise
+        with self._closed:
+            self._connections += 1
+        return request
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._closed:
+            if len(self._workers) < self._connections:
+                worker = threading.Thread(target=self._work, daemon=True)
+                worker.start()
+                self._workers.add(worker)
+        self._jobs.put((request, client_address))
+
+    def _hang_up(self, connections: Iterable[socket.socket]) -> None:
+        """End what idle connections wait for: their workers receive the end of the input.
+
+        What a client has sent by now is still read and answered.
+        """
+        for connection in connections:
+            # With the lock, nobody closes the connection meanwhile and its descriptor cannot
+            # belong to a new one. An OSError means that this has happened already.
+            with self._closed, contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+
+    # -- The worker threads --
+
+    def _work(self) -> None:
+        needed = True
+        while needed:
+            job = self._jobs.get()
+            if job:
+                self.process_request_thread(*job)
+            with self._closed:
+                wanted = self._connections + MAX_SPARE_WORKERS
+                needed = job is not None and len(self._workers) <= wanted
+                if not needed:
+                    # With the same lock, or the acceptor would count on a worker that leaves.
+                    self._workers.remove(threading.current_thread())
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._closed:
+            request.close()
+            self._connections -= 1
+            self._closed.notify()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report a mistake in this program, or no memory, and keep serving the others."""
+        log(f"error: {sys.exc_info()[1]!r}")
+
+
+# ---- Process: arguments, working directory, signals, and the order of a shutdown ----
+
+# From the signal to the exit, in seconds: then supervisors, among them the lsfr harness, kill.
+SHUTDOWN_SECONDS = 15.0
+# Of these, what stays for the last save, besides twice what the one before has taken: the time
+# for a hiccup of the disk, and for trying again when it is full.
+SAVE_SECONDS = 3.0
+# When to look again: whether something is to be saved meanwhile, whether a failed save works now.
+STEP_SECONDS = 1.0
+RETRY_SECONDS = 0.25
+
+
+def log(message: str) -> None:
+    """Write a line to stderr, in one piece, or drop it.
+
+    Nobody reading our stderr, be it closed or a pipe that is full, must not keep us from saving.
+    """
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            if select.select([], [sys.stderr], [], 0)[1]:
+                os.write(sys.stderr.fileno(), f"kv.py: {message}\n".encode())
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"kv.py: {message} (see kv.py --help)\n")  # one line, without the usage
+
+
+def port_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("not a number from 0 to 65535")
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="kv.py", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--port", type=port_number, default=8080, help="0 takes a free one (%(default)s)"
+    )
+    parser.add_argument(
+        "--working-dir",
+        default=os.environ.get("DATA_DIR") or ".",
+        help="where the snapshot is, created if missing ($DATA_DIR, or the current directory)",
+    )
+    parser.add_argument(
+        "--dump", action="store_true", help="print the snapshot as JSON Lines and exit"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log every request")
+    parser.add_argument("--version", action="version", version=f"kv.py {__version__}")
+    return parser.parse_args()
+
+
+def open_working_directory(path: str) -> int:
+    """Return a descriptor of the directory, which holds its lock until the process ends.
+
+    Raises OSError if a save would fail there: found out now rather than at the shutdown.
+    """
+    os.makedirs(path, exist_ok=True)
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    # The kernel gives the lock back however the process ends, so none is ever left behind.
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "in use by another kv.py") from None
+    os.close(create_temporary(directory))
+    os.unlink(TEMPORARY, dir_fd=directory)
+    return directory
+
+
+def raise_descriptor_limit() -> int:
+    """Allow this process as many descriptors as it may use; return how many connections that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + RESERVED_DESCRIPTORS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):  # macOS allows less than the hard limit says
+            wanted = soft
+    return max(1, wanted - RESERVED_DESCRIPTORS)
+
+
+def stay_on_one_core() -> None:
+    """Keep all threads on one processor core, where the system can do that.
+
+    Only the thread that has the interpreter lock runs, so a second core has nothing to add, but
+    passing the lock to a thread on another core has to wake that core: with 64 busy connections,
+    half as many requests per second.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
+
+
+def dump(working_directory: str) -> None:
+    """Print the snapshot's pairs to stdout, as one JSON object a line."""
+    # The ways in which command line tools are stopped: `kv.py --dump | head`, Ctrl-C.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    directory = os.open(working_directory, os.O_RDONLY | os.O_DIRECTORY)
+    os.stat(SNAPSHOT, dir_fd=directory)  # load() takes a missing one for an empty store
+    for key, value in load(directory).items():
+        line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
+        sys.stdout.buffer.write(line.encode() + b"\n")
+    sys.stdout.flush()
+
+
+def shut_down(
+    server: Server, store: Store, directory: int, stop_signals: set[signal.Signals]
+) -> int:
+    """End what is in flight, save everything that has been acknowledged, return the exit code."""
+    begin = time.monotonic()
+    took = 0.0  # the latest save
+
+    def time_is_left(reserve: float) -> bool:
+        # A second signal, which stays pending because nobody takes it, means: do not wait.
+        hurry = signal.sigpending() & stop_signals
+        return not hurry and time.monotonic() - begin + reserve + 2 * took < SHUTDOWN_SECONDS
+
+    def try_to_save() -> bool:
+        nonlocal took
+        start = time.monotonic()
+        try:
+            saved = store.save(lambda pairs: save(pairs, directory))
+        except OSError as error:
+            log(f"cannot save: {error.strerror}")
+            return False
+        finally:
+            took = time.monotonic() - start
+        if saved:
+            log(f"saved {len(store)} pairs in {took:.2f} s")
+        return True
+
+    log(f"draining: {server.in_flight} requests in flight, {len(server.idle)} idle connections")
+    server.drain()
+    while not server.join(time.monotonic() + STEP_SECONDS) and time_is_left(SAVE_SECONDS):
+        try_to_save()  # early, in case that those who are in flight take longer than we have
+    log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
+    store.close()
+    while not try_to_save():
+        if not time_is_left(STEP_SECONDS):
+            log("not saved: what was written since the last snapshot is lost")
+            return 1
+        time.sleep(STEP_SECONDS)
+    return 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    snapshot = os.path.join(os.path.abspath(arguments.working_dir), SNAPSHOT)
+    try:
+        if arguments.dump:
+            doing = f"cannot dump {snapshot}"
+            dump(arguments.working_dir)
+            return 0
+        stop_signals = {signal.SIGTERM, signal.SIGINT}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            stop_signals.add(signal.SIGHUP)
+        # Blocked in this thread and those it starts: a signal waits until it is asked for, and
+        # cannot interrupt anything halfway.
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+        stay_on_one_core()
+        doing = f"cannot use the working directory {arguments.working_dir}"
+        directory = open_working_directory(arguments.working_dir)
+        doing = f"cannot listen on {arguments.host} port {arguments.port}"
+        max_connections = raise_descriptor_limit()
+        server = Server(arguments.host, arguments.port, max_connections, arguments.verbose)
+        doing = f"cannot load {snapshot}"
+        store = Store(load(directory))
+        doing = f"cannot listen on {arguments.host} port {arguments.port}"
+        server.start(store)
+    except (OSError, SnapshotError, UnicodeError) as error:
+        log(f"{doing}: {getattr(error, 'strerror', None) or error}")
+        return 1
+    log(f"{len(store)} pairs in {snapshot}, listening on {server.url}")
+    log(signal.Signals(signal.sigwait(stop_signals)).name)
+    return shut_down(server, store, directory, stop_signals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+#!/bin/sh
+# Starts kv.py beside this file. With exec, the process started is the server and gets the signals.
+exec "${PYTHON:-python3}" "$(dirname -- "$0")/kv.py" "$@"

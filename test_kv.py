@@ -1,0 +1,1917 @@
+#!/usr/bin/env python3
+"""Tests of kv.py, in the order of its parts. They start the real program and use real sockets.
+
+python3 test_kv.py [-v] [NAME ...]   the suite, or what is named, such as ShutdownTest
+python3 test_kv.py soak [MINUTES]    shutdowns under load and hostile input for a long time
+python3 test_kv.py bench             how fast, and how much memory
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import errno
+import hashlib
+import http.client
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
+
+import kv
+
+HERE = Path(__file__).resolve().parent
+DEADLINE = 30.0  # for everything that is waited for; far more than it takes
+
+
+# ---- Helpers ----
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
+    """Return the first true result of `condition`, asked again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.005)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+class Answer(NamedTuple):
+    status: int
+    fields: dict[str, str]
+    body: bytes
+
+
+class Client:
+    """One connection. Sends bytes as they are, and parses answers by itself."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.socket = socket.create_connection((host, port), DEADLINE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def send(self, data: bytes | bytearray) -> None:
+        self.socket.sendall(data)
+
+    def receive(self, method: str = "GET") -> Answer:
+        """The next answer; ConnectionError if the connection is closed instead."""
+        status_line = self.file.readline()
+        if not status_line:
+            raise ConnectionError("closed")
+        match = re.fullmatch(rb"HTTP/1\.1 ([1-5][0-9][0-9]) [ -~]+\r\n", status_line)
+        assert match, f"malformed status line {status_line!r}"
+        fields: dict[str, str] = {}
+        while (line := self.file.readline()) != b"\r\n":
+            field = re.fullmatch(rb"([A-Za-z-]+): ([ -~]+)\r\n", line)
+            assert field and field[1].decode() not in fields, f"bad or repeated field {line!r}"
+            fields[field[1].decode()] = field[2].decode()
+        length = int(fields.get("Content-Length", 0))
+        body = b"" if method == "HEAD" else self.file.read(length)
+        return Answer(int(match[1]), fields, body)
+
+    def request(self, method: str, path: str, body: bytes | None = None, *more: str) -> Answer:
+        self.send(request(method, path, body, *more))
+        return self.receive(method)
+
+    def is_closed(self) -> bool:
+        """Whether the server has closed the connection; waits for nothing else."""
+        with contextlib.suppress(ConnectionResetError):
+            return self.file.read(1) == b""
+        return True
+
+
+def request(method: str, path: str, body: bytes | None = None, *more: str) -> bytes:
+    fields = ["Host: kv", *more]
+    if body is not None:
+        fields.append(f"Content-Length: {len(body)}")
+    return (
+        f"{method} {path} HTTP/1.1\r\n{''.join(f + chr(13) + chr(10) for f in fields)}\r\n".encode()
+        + (body or b"")
+    )
+
+
+def put(key: str, value: str) -> bytes:
+    return request("PUT", f"/kv/{key}", value.encode())
+
+
+class Server:
+    """kv.py as a process of its own, on a free port unless it is given one."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *arguments: str,
+        python: str = sys.executable,
+        command: list[str] | None = None,
+        ready: bool = True,
+        **popen: Any,
+    ) -> None:
+        self.directory = Path(directory)
+        # Beside the working directory, not in it: the server has that one for itself.
+        self.log_path = self.directory.with_name(self.directory.name + ".log")
+        self.log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        command = command or [python, str(HERE / "kv.py")]
+        if not any(argument.startswith("--port") for argument in arguments):
+            arguments += ("--port=0",)
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                [*command, f"--working-dir={directory}", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **popen,
+            )
+        if ready:
+            match = wait_until(
+                lambda: (
+                    re.search(r"listening on http://(.+):(\d+)\n", self.log)
+                    or self.process.poll() is not None
+                ),
+                "the server is ready",
+            )
+            assert match is not True, f"exit code {self.process.returncode}: {self.log}"
+            self.port = int(match[2])
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no process behind, whatever has happened."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(DEADLINE)
+
+    @property
+    def log(self) -> str:
+        with open(self.log_path, "rb") as file:
+            file.seek(self.log_start)
+            return file.read().decode()
+
+    def wait_for_log(self, text: str) -> None:
+        wait_until(lambda: text in self.log, f"{text!r} in the log")
+
+    def connect(self) -> Client:
+        return Client(self.port)
+
+    def request(self, method: str, path: str, body: bytes | None = None, *more: str) -> Answer:
+        with self.connect() as client:
+            return client.request(method, path, body, *more)
+
+    def get(self, key: str) -> str | None:
+        answer = self.request("GET", f"/kv/{key}")
+        return answer.body.decode() if answer.status == 200 else None
+
+    def send_signal(self, number: int = signal.SIGTERM) -> None:
+        os.killpg(self.process.pid, number)
+
+    def exit_code(self, seconds: float = DEADLINE) -> int:
+        return self.process.wait(seconds)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.send_signal(number)
+        return self.exit_code()
+
+    # What Linux tells of a process. The tests that need it are skipped elsewhere.
+
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def resident_bytes(self) -> int:
+        text = Path(f"/proc/{self.process.pid}/statm").read_text()
+        return int(text.split()[1]) * resource.getpagesize()
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+on_linux = unittest.skipUnless(sys.platform == "linux", "asks Linux's /proc")
+
+
+class KVTest(unittest.TestCase):
+    """A test with a working directory of its own, which is gone afterwards."""
+
+    def setUp(self) -> None:
+        temporary = tempfile.TemporaryDirectory(prefix="kv-test-")
+        self.addCleanup(temporary.cleanup)
+        self.top = Path(temporary.name)
+        self.directory = self.top / "data"
+        self.snapshot = self.directory / kv.SNAPSHOT
+
+    def start(self, *arguments: str, **options: Any) -> Server:
+        server = Server(self.directory, *arguments, **options)
+        self.addCleanup(server.__exit__)
+        return server
+
+    def client(self, server: Server) -> Client:
+        client = server.connect()
+        self.addCleanup(client.__exit__)
+        return client
+
+    def write_snapshot(self, pairs: dict[str, str]) -> None:
+        self.directory.mkdir(exist_ok=True)
+        descriptor = os.open(self.directory, os.O_RDONLY)
+        kv.save(pairs, descriptor)
+        os.close(descriptor)
+
+    def read_snapshot(self) -> dict[str, str]:
+        descriptor = os.open(self.directory, os.O_RDONLY)
+        try:
+            return kv.load(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def assert_refuses_to_start(self, reason: str, *arguments: str, **options: Any) -> None:
+        """One line on stderr, no traceback, exit code 1 or 2, soon."""
+        server = self.start(*arguments, ready=False, **options)
+        self.assertIn(server.exit_code(), (1, 2), server.log)
+        self.assertEqual(server.log.count("\n"), 1, server.log)
+        self.assertIn(reason, server.log)
+
+
+def burst(port: int, requests: list[bytes], seconds: float) -> collections.Counter[bytes]:
+    """Send each request on a connection of its own, all at once; count the status lines.
+
+    A connection stays open until all have been answered. Clients that are not through after
+    `seconds` count as b"".
+    """
+    selector = selectors.DefaultSelector()
+    answers: collections.Counter[bytes] = collections.Counter()
+    end = time.monotonic() + seconds
+    clients = []
+    for each in requests:
+        client = socket.socket()
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", port))
+        selector.register(client, selectors.EVENT_WRITE, each)
+        clients.append(client)
+    while len(selector.get_map()) and time.monotonic() < end:
+        for key, events in selector.select(1.0):
+            client = key.fileobj  # type: ignore[assignment]
+            try:
+                if events & selectors.EVENT_WRITE:
+                    client.send(key.data)
+                    selector.modify(client, selectors.EVENT_READ, None)
+                else:
+                    answers[client.recv(4096).partition(b"\r\n")[0]] += 1
+                    selector.unregister(client)
+            except OSError as error:
+                answers[str(error).encode()] += 1
+                selector.unregister(client)
+    answers[b""] += len(selector.get_map())
+    for client in clients:
+        client.close()
+    selector.close()
+    return +answers
+
+
+def allow_descriptors(number: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(number, hard), hard))
+
+
+def be_bound_by_permissions() -> None:
+    """For preexec_fn: take from root the rights to ignore file permissions."""
+    if os.getuid() == 0 and sys.platform == "linux":
+        capability_bounding_set_drop, dac_override, dac_read_search = 24, 1, 2
+        for capability in (dac_override, dac_read_search):
+            ctypes.CDLL(None).prctl(capability_bounding_set_drop, capability, 0, 0, 0)
+
+
+def interpreters() -> list[str]:
+    """Every CPython from 3.9 on that can be found, one of each version, oldest first."""
+    found: dict[tuple[int, ...], str] = {}
+    names = [f"python3.{minor}" for minor in range(9, 30)]
+    candidates = [sys.executable, *filter(None, map(shutil.which, names))]
+    candidates += map(str, Path.home().glob(".pyenv/versions/*/bin/python3"))
+    script = "import sys; print(*sys.version_info[:2])"
+    for candidate in candidates:
+        run = subprocess.run([candidate, "-c", script], capture_output=True, text=True)
+        version = tuple(map(int, run.stdout.split())) if run.returncode == 0 else ()
+        if version >= (3, 9):
+            found.setdefault(version, candidate)
+    return [found[version] for version in sorted(found)]
+
+
+# ---- Snapshot ----
+
+
+def with_digest(pickled: bytes) -> bytes:
+    return pickled + hashlib.sha256(pickled).digest()
+
+
+class CodeRunner:
+    """Unpickled without care, creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+class SnapshotTest(KVTest):
+    PAIRS: ClassVar = {"a": "1", "key:2": "päivää 🌍\n", "long": "x" * 300}
+
+    def test_every_truncation_is_refused(self) -> None:
+        self.write_snapshot(self.PAIRS)
+        whole = self.snapshot.read_bytes()
+        for size in range(len(whole)):
+            self.snapshot.write_bytes(whole[:size])
+            self.assertRaises(kv.SnapshotError, self.read_snapshot)
+
+    def test_every_flipped_bit_is_refused(self) -> None:
+        self.write_snapshot(self.PAIRS)
+        whole = self.snapshot.read_bytes()
+        for bit in range(len(whole) * 8):
+            altered = bytearray(whole)
+            altered[bit // 8] ^= 1 << bit % 8
+            self.snapshot.write_bytes(altered)
+            self.assertRaises(kv.SnapshotError, self.read_snapshot)
+
+    def test_a_bad_snapshot_stops_the_start_and_stays_as_it_is(self) -> None:
+        self.write_snapshot(self.PAIRS)
+        whole = self.snapshot.read_bytes()
+        trap = self.top / "trap"
+        evil = [pickle.dumps(CodeRunner(trap), protocol) for protocol in range(6)]
+        good = b"\x80\x04}\x8c\x01a\x8c\x01bs."
+        nested = b"\x80\x04}" + b")" + b"\x85" * 1_000_000 + b"\x8c\x01vs."
+        laughs = b"\x80\x04}" + b")" + b"2\x86" * 50 + b"\x8c\x01vs."
+        cases = {
+            "empty": (b"", "too short"),
+            "half": (whole[: len(whole) // 2], "checksum"),
+            "appended": (whole + b"\0", "checksum"),
+            "no digest": (pickle.dumps({"key": "value" * 10}, 4), "checksum"),
+            "a list": (with_digest(pickle.dumps(["a"], 4)), "not a dict"),
+            "a string": (with_digest(b"\x80\x04\x8c\x01a."), "not a dict"),
+            "a string behind a dict": (with_digest(b"\x80\x04}\x8c\x01a."), "not a dict"),
+            "a number as a value": (with_digest(good.replace(b"\x8c\x01b", b"K\x01")), "0x4b"),
+            "a number as a key": (with_digest(good.replace(b"\x8c\x01a", b"K\x01")), "0x4b"),
+            "bytes as a value": (with_digest(good.replace(b"\x8c\x01b", b"C\x01b")), "0x43"),
+            "None as a value": (with_digest(good.replace(b"\x8c\x01b", b"N")), "0x4e"),
+            "a dict as a value": (with_digest(good.replace(b"\x8c\x01b", b"}")), "0x7d"),
+            "two pickles": (with_digest(good + good), "0x2e"),
+            "code behind a good pickle": (with_digest(good + evil[4]), "0x2e"),
+            "no end": (with_digest(good[:-1]), "no end"),
+            "half a pair": (with_digest(b"\x80\x04}(\x8c\x01au."), "not a valid pickle"),
+            "no mark": (with_digest(b"\x80\x04}\x8c\x01a\x8c\x01bu."), "not a valid pickle"),
+            "bad UTF-8": (with_digest(b"\x80\x04}\x8c\x01a\x8c\x01\xffs."), "not a valid pickle"),
+            "text that is not there": (with_digest(b"\x80\x04}X\xff\xff\xff\x7f"), "no end"),
+            "bytes that are not there": (
+                with_digest(b"\x80\x04}\x8e" + b"\xff" * 7 + b"\x7f."),
+                "op",
+            ),
+            "a memo entry with a huge number": (
+                with_digest(b"\x80\x04}r\xff\xff\xff\x7f."),
+                "opcode",
+            ),
+            "a tuple nested a million deep as a key": (with_digest(nested), "opcode"),
+            "a tuple that takes years to hash": (with_digest(laughs), "opcode"),
+            **{f"code, protocol {n}": (with_digest(data), "") for n, data in enumerate(evil)},
+        }
+        for name, (data, reason) in cases.items():
+            with self.subTest(name):
+                self.snapshot.write_bytes(data)
+                self.assert_refuses_to_start(reason)
+                self.assertEqual(self.snapshot.read_bytes(), data)
+                self.assertFalse(trap.exists(), "code from the file was run")
+        (self.top / "data.log").read_text().index(str(self.snapshot))
+
+    def test_no_opcode_calls_anything(self) -> None:
+        """The unpickler refuses by itself, too, should a pickle ever get past the check."""
+        trap = self.top / "trap"
+        for protocol in range(6):
+            self.snapshot.parent.mkdir(exist_ok=True)
+            path = self.top / "pickle"
+            path.write_bytes(pickle.dumps(CodeRunner(trap), protocol))
+            with open(path, "rb") as file, self.assertRaises(kv.SnapshotError):
+                kv.StringsOnly(file).load()
+        self.assertFalse(trap.exists())
+
+    def test_something_else_in_its_place_is_refused(self) -> None:
+        self.snapshot.mkdir(parents=True)
+        self.assert_refuses_to_start("not a regular file")
+        self.snapshot.rmdir()
+        os.mkfifo(self.snapshot)
+        self.assert_refuses_to_start("not a regular file")
+        self.snapshot.unlink()
+        self.snapshot.symlink_to("elsewhere")
+        self.assert_refuses_to_start("symbolic links")
+
+    def test_people_can_read_it_with_pickle(self) -> None:
+        self.write_snapshot(self.PAIRS)
+        with open(self.snapshot, "rb") as file:
+            self.assertEqual(pickle.load(file), self.PAIRS)
+
+    def test_only_the_owner_can_read_it(self) -> None:
+        self.directory.mkdir()
+        # Left by a save that was killed, and readable by all.
+        (self.directory / kv.TEMPORARY).write_text("")
+        with self.start(preexec_fn=lambda: os.umask(0)) as server:
+            server.request("PUT", "/kv/a", b"1")
+            self.assertEqual(server.stop(), 0)
+        self.assertEqual(stat.S_IMODE(self.snapshot.stat().st_mode), 0o600)
+        self.assertEqual(os.listdir(self.directory), [kv.SNAPSHOT])
+
+    def test_every_python_reads_what_every_other_writes(self) -> None:
+        pythons = interpreters()
+        expected: dict[str, str] = {}
+        for number, python in enumerate([*pythons, *reversed(pythons)]):
+            with self.start(python=python) as server:
+                for key, value in expected.items():
+                    self.assertEqual(server.get(key), value)
+                expected[f"key{number}"] = "🌍" * number + "."
+                server.request("PUT", f"/kv/key{number}", expected[f"key{number}"].encode())
+                self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.read_snapshot(), expected)
+
+    def test_sizes_at_which_the_pickle_changes_its_form(self) -> None:
+        for count in (0, 1, 2, 999, 1000, 1001, 2001):
+            for size in (1, 255, 256, 65_535, 65_536, 70_000):
+                if count * size < 3_000_000:
+                    pairs = {f"key{number}": "v" * size for number in range(count)}
+                    self.write_snapshot(pairs)
+                    self.assertEqual(self.read_snapshot(), pairs)
+
+
+# ---- Store ----
+
+
+class StoreTest(unittest.TestCase):
+    def test_a_save_gets_what_has_changed_since_the_last_one(self) -> None:
+        store = kv.Store({"a": "1"})
+        saved: list[dict[str, str]] = []
+        self.assertFalse(store.save(saved.append))
+        store.put("b", "2")
+        self.assertTrue(store.save(saved.append))
+        self.assertFalse(store.save(saved.append))
+        store.delete("a")
+        store.save(saved.append)
+        store.clear()
+        store.save(saved.append)
+        self.assertEqual(saved, [{"a": "1", "b": "2"}, {"b": "2"}, {}])
+
+    def test_what_a_save_failed_to_write_is_still_unsaved(self) -> None:
+        store = kv.Store({})
+        store.put("a", "1")
+
+        def fail(pairs: dict[str, str]) -> None:
+            raise OSError
+
+        self.assertRaises(OSError, store.save, fail)
+        saved: list[dict[str, str]] = []
+        self.assertTrue(store.save(saved.append))
+        self.assertEqual(saved, [{"a": "1"}])
+
+    def test_a_write_during_a_save_is_not_in_it_but_in_the_next(self) -> None:
+        store = kv.Store({})
+        store.put("a", "1")
+        saved: list[dict[str, str]] = []
+
+        def write(pairs: dict[str, str]) -> None:
+            store.put("b", "2")
+            saved.append(pairs)
+
+        store.save(write)
+        self.assertTrue(store.save(saved.append))
+        self.assertEqual(saved, [{"a": "1"}, {"a": "1", "b": "2"}])
+
+    def test_a_closed_store_refuses_writes_and_still_reads(self) -> None:
+        store = kv.Store({"a": "1"})
+        store.close()
+        self.assertRaises(kv.Closed, store.put, "a", "2")
+        self.assertRaises(kv.Closed, store.delete, "a")
+        self.assertRaises(kv.Closed, store.clear)
+        self.assertEqual(store.get("a"), "1")
+
+
+# ---- Handler: the API ----
+
+
+class APITest(unittest.TestCase):
+    server: Server
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        top = tempfile.mkdtemp(prefix="kv-test-")
+        cls.addClassCleanup(shutil.rmtree, top)
+        cls.server = Server(Path(top) / "data")
+        cls.addClassCleanup(cls.server.__exit__)
+
+    def setUp(self) -> None:
+        self.client = self.server.connect()
+        self.addCleanup(self.client.__exit__)
+
+    def check(self, answer: Answer, status: int, body: bytes) -> None:
+        self.assertEqual((answer.status, answer.body), (status, body))
+        self.assertEqual(answer.fields["Content-Type"], "text/plain; charset=utf-8")
+        self.assertEqual(answer.fields["Content-Length"], str(len(body)))
+        self.assertRegex(
+            answer.fields["Date"], r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]+ GMT$"
+        )
+
+    def test_a_value_comes_back_byte_for_byte(self) -> None:
+        for value in ("x", "päivää 🌍", "\ufeffa\tb\r\n\n ", "\0", "long " * 2000, "é" * 5_000_000):
+            self.check(self.client.request("PUT", "/kv/a", value.encode()), 200, b"")
+            self.check(self.client.request("GET", "/kv/a"), 200, value.encode())
+
+    def test_keys(self) -> None:
+        for key in ("a", "A", "0", ":", "_", ".", "-", "..", "a:b_c.d-e", "k" * 8000):
+            self.check(self.client.request("PUT", f"/kv/{key}", key.encode()), 200, b"")
+        self.check(self.client.request("GET", "/kv/a"), 200, b"a")
+        self.check(self.client.request("GET", "/kv/A"), 200, b"A")
+        self.check(self.client.request("GET", "/kv/%61%3ab_c%2Ed-e"), 200, b"a:b_c.d-e")
+
+    def test_bad_keys(self) -> None:
+        for method in ("GET", "PUT", "DELETE"):
+            empty = self.client.request(method, "/kv/", b"value")
+            self.check(empty, 400, b"key cannot be empty\n")
+            for key in ("a%20b", "a/b", "a%2Fb", "%C3%A4", "a+b", "a%00", "a~", "%25", "a%0A"):
+                answer = self.client.request(method, f"/kv/{key}", b"value")
+                self.check(answer, 400, b"key contains invalid characters\n")
+
+    def test_bad_values(self) -> None:
+        self.check(self.client.request("PUT", "/kv/bad", b""), 400, b"value cannot be empty\n")
+        self.check(self.client.request("PUT", "/kv/bad"), 400, b"value cannot be empty\n")
+        for value in (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"ok \xe4 ok"):
+            answer = self.client.request("PUT", "/kv/bad", value)
+            self.check(answer, 400, b"value must be UTF-8 text\n")
+        self.check(self.client.request("GET", "/kv/bad"), 404, b"key not found\n")
+
+    def test_a_value_of_10_mib_is_the_largest(self) -> None:
+        value = b"x" * 10 * 1024 * 1024
+        self.check(self.client.request("PUT", "/kv/large", value), 200, b"")
+        self.check(self.client.request("GET", "/kv/large"), 200, value)
+        self.check(self.client.request("PUT", "/kv/large", value + b"x"), 413, b"value too large\n")
+
+    def test_delete(self) -> None:
+        self.client.request("PUT", "/kv/gone", b"value")
+        self.check(self.client.request("DELETE", "/kv/gone"), 200, b"")
+        self.check(self.client.request("GET", "/kv/gone"), 404, b"key not found\n")
+        self.check(self.client.request("DELETE", "/kv/gone"), 200, b"")
+
+    def test_clear(self) -> None:
+        self.client.request("PUT", "/kv/gone", b"value")
+        self.check(self.client.request("DELETE", "/clear"), 200, b"")
+        self.check(self.client.request("GET", "/kv/gone"), 404, b"key not found\n")
+        self.check(self.client.request("DELETE", "/clear"), 200, b"")
+
+    def test_health(self) -> None:
+        self.check(self.client.request("GET", "/health"), 200, b"ok\n")
+
+    def test_head_is_get_without_the_body(self) -> None:
+        self.client.request("PUT", "/kv/head", b"value")
+        for path in ("/kv/head", "/kv/none", "/kv/", "/health", "/other", "/clear"):
+            head = self.client.request("HEAD", path)
+            get = self.client.request("GET", path)
+            self.assertEqual(head.status, get.status)
+            self.assertEqual({**head.fields, "Date": ""}, {**get.fields, "Date": ""})
+
+    def test_other_methods_are_not_allowed(self) -> None:
+        kv_methods = "GET, HEAD, PUT, DELETE"
+        for method in ("POST", "PATCH", "OPTIONS", "TRACE", "get", "QUERY"):
+            for path in ("/kv/a", "/kv/", "/kv/a%20b"):
+                answer = self.client.request(method, path, b"value")
+                self.check(answer, 405, b"method not allowed\n")
+                self.assertEqual(answer.fields["Allow"], kv_methods)
+        for method in ("GET", "POST", "PUT", "PATCH"):
+            answer = self.client.request(method, "/clear", b"value")
+            self.check(answer, 405, b"method not allowed\n")
+            self.assertEqual(answer.fields["Allow"], "DELETE")
+        for method in ("POST", "PUT", "DELETE"):
+            answer = self.client.request(method, "/health")
+            self.check(answer, 405, b"method not allowed\n")
+            self.assertEqual(answer.fields["Allow"], "GET, HEAD")
+
+    def test_other_paths_are_not_found(self) -> None:
+        for path in ("/", "/kv", "/KV/a", "//kv/a", "/clear/", "/health/x", "/kv%2Fa"):
+            for method in ("GET", "PUT", "POST"):
+                self.check(self.client.request(method, path, b"value"), 404, b"not found\n")
+
+    def test_the_query_is_ignored(self) -> None:
+        self.check(self.client.request("PUT", "/kv/query?a=b&c=/?", b"value"), 200, b"")
+        self.check(self.client.request("GET", "/kv/query?"), 200, b"value")
+        self.check(self.client.request("GET", "/health?x=%20"), 200, b"ok\n")
+
+    def test_http_client_of_the_standard_library(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=DEADLINE)
+        connection.request("PUT", "/kv/std", "väl".encode(), {"Content-Type": "text/plain"})
+        self.assertEqual(connection.getresponse().read(), b"")
+        connection.request("PUT", "/kv/chunks", iter([b"a", b"bc"]))
+        self.assertEqual(connection.getresponse().read(), b"")
+        for key, value in (("std", "väl"), ("chunks", "abc")):
+            connection.request("GET", f"/kv/{key}")
+            self.assertEqual(connection.getresponse().read().decode(), value)
+        connection.close()
+
+    def test_reading_one_key_10_000_times_over_one_connection(self) -> None:
+        """With an answer in two writes this takes 400 s: each waits 40 ms for a delayed ACK."""
+        self.client.request("PUT", "/kv/a", b"value")
+        end = time.monotonic() + DEADLINE
+        for _ in range(10_000):
+            self.check(self.client.request("GET", "/kv/a"), 200, b"value")
+            self.assertLess(time.monotonic(), end)
+
+    def test_writes_from_many_threads_to_one_key(self) -> None:
+        answers = burst(self.server.port, [put("same", str(number)) for number in range(100)], 15)
+        self.assertEqual(answers, {b"HTTP/1.1 200 OK": 100})
+        self.assertIn(self.server.get("same"), {str(number) for number in range(100)})
+
+
+# ---- Handler: HTTP as the RFCs have it ----
+
+
+class Rule(NamedTuple):
+    """What is sent on a new connection, which answers come, and what then becomes of it."""
+
+    section: str  # of RFC 9112, or of RFC 9110 if it says so
+    what: str
+    sent: bytes
+    answers: str  # status codes, then "open" or "closed"
+
+
+GET = b"GET /health HTTP/1.1\r\n"
+PUT = b"PUT /kv/rule HTTP/1.1\r\nHost: x\r\n"
+HOST = b"Host: x\r\n"
+CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
+END = b"\r\n"
+
+RULES = [
+    # The request line
+    Rule("3", "a plain request", GET + HOST + END, "200 open"),
+    Rule("3", "two spaces", b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3", "a tab", b"GET\t/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3", "a space behind", b"GET /health HTTP/1.1 \r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3", "a space before", b" GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3", "no version", b"GET /health\r\n\r\n", "400 closed"),
+    Rule("3", "no target", b"GET HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3", "a space in the target", b"GET /he alth HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3", "nothing but garbage", b"\x16\x03\x01\x02\x00\x01\r\n\r\n", "400 closed"),
+    Rule("3", "too long", b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", "414 closed"),
+    Rule("3", "too long, without an end", b"GET /" + b"x" * 9000, "414 closed"),
+    Rule(
+        "3.1", "a method that is no token", b"G(T /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"
+    ),
+    Rule("3.1", "an unknown method", b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
+    Rule(
+        "3.1", "methods are case-sensitive", b"get /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"
+    ),
+    Rule("2.3", "HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", "505 closed"),
+    Rule("2.3", "HTTP/1.2", b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n", "505 closed"),
+    Rule("2.3", "HTTP/0.9", b"GET /health HTTP/0.9\r\nHost: x\r\n\r\n", "505 closed"),
+    Rule("2.3", "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "505 closed"),
+    Rule("2.3", "lower-case name", b"GET /health http/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("2.3", "two digits", b"GET /health HTTP/1.10\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("2.2", "an empty line before", END + GET + HOST + END, "200 open"),
+    Rule("2.2", "two empty lines before", END + END + GET + HOST + END, "400 closed"),
+    Rule("2.2", "LF as a line end", b"GET /health HTTP/1.1\nHost: x\n\n", "400 closed"),
+    Rule("2.2", "LF once", b"GET /health HTTP/1.1\nHost: x\r\n\r\n", "400 closed"),
+    Rule("2.2", "CR as a line end", b"GET /health HTTP/1.1\rHost: x\r\r", "400 closed"),
+    Rule("2.2", "CR once", b"GET /health HTTP/1.1\rHost: x\r\n\r\n", "400 closed"),
+    # The target
+    Rule("3.2.1", "no slash at the start", b"GET health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "a fragment", b"GET /health#a HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "not ASCII", b"GET /kv/\xc3\xa4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "a control character", b"GET /kv/\x01 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "a quotation mark", b'GET /kv/" HTTP/1.1\r\nHost: x\r\n\r\n', "400 closed"),
+    Rule("3.2.1", "percent and no digits", b"GET /kv/% HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "percent, one digit", b"GET /kv/%4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "percent, not hex", b"GET /kv/%4g HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule(
+        "3.2.1", "in the query, too", b"GET /health?%zz HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"
+    ),
+    Rule("3.2.2", "absolute", b"GET http://a.b:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
+    Rule("3.2.2", "https", b"GET HTTPS://[::1]/health?q HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
+    Rule("3.2.2", "without a path", b"GET http://a HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
+    Rule("3.2.2", "only a query", b"GET http://a?/health HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
+    Rule("3.2.2", "needs Host, too", b"GET http://a/health HTTP/1.1\r\n\r\n", "400 closed"),
+    Rule("3.2.2", "no host", b"GET http:///health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule(
+        "3.2.2", "only a port", b"GET http://:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"
+    ),
+    Rule("3.2.2", "user name", b"GET http://u@a/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.2", "other scheme", b"GET ftp://a/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.3", "authority-form", b"CONNECT a:80 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.4", "asterisk-form", b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    # Host
+    Rule("3.2", "missing", GET + END, "400 closed"),
+    Rule("3.2", "repeated", GET + HOST + HOST + END, "400 closed"),
+    Rule("3.2", "empty", GET + b"Host:\r\n\r\n", "200 open"),
+    Rule("3.2", "with a port", GET + b"Host: kv.example:8080\r\n\r\n", "200 open"),
+    Rule("3.2", "IPv6", GET + b"Host: [::1]:8080\r\n\r\n", "200 open"),
+    Rule("3.2", "percent-encoded", GET + b"Host: %41\r\n\r\n", "200 open"),
+    Rule("3.2", "a slash", GET + b"Host: a/b\r\n\r\n", "400 closed"),
+    Rule("3.2", "a space", GET + b"Host: a b\r\n\r\n", "400 closed"),
+    Rule("3.2", "a user name", GET + b"Host: u@a\r\n\r\n", "400 closed"),
+    Rule("3.2", "a list", GET + b"Host: a, b\r\n\r\n", "400 closed"),
+    Rule("3.2", "port not a number", GET + b"Host: a:b\r\n\r\n", "400 closed"),
+    Rule("3.2", "not needed in HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", "200 closed"),
+    Rule("3.2", "but not repeated", b"GET /health HTTP/1.0\r\n" + HOST + HOST + END, "400 closed"),
+    Rule("3.2", "or invalid", b"GET /health HTTP/1.0\r\nHost: a b\r\n\r\n", "400 closed"),
+    # Field lines
+    Rule("5.1", "white space before the colon", GET + HOST + b"A : b\r\n\r\n", "400 closed"),
+    Rule("5.1", "white space around the value", GET + b"Host: \t x \t \r\n\r\n", "200 open"),
+    Rule("5.1", "no white space", GET + b"Host:x\r\n\r\n", "200 open"),
+    Rule("5.1", "names in any case", GET + b"hOST: x\r\n\r\n", "200 open"),
+    Rule("5.1", "no colon", GET + HOST + b"A\r\n\r\n", "400 closed"),
+    Rule("5.1", "no name", GET + HOST + b": b\r\n\r\n", "400 closed"),
+    Rule("5.1", "a name that is no token", GET + HOST + b"A(: b\r\n\r\n", "400 closed"),
+    Rule("5.1", "a name that is not ASCII", GET + HOST + b"\xc3\xa4: b\r\n\r\n", "400 closed"),
+    Rule("5.2", "a folded line", GET + HOST + b"A: b\r\n c\r\n\r\n", "400 closed"),
+    Rule("5.2", "folded with a tab", GET + HOST + b"A: b\r\n\tc\r\n\r\n", "400 closed"),
+    Rule("2.2", "white space before the first", GET + b" Host: x\r\n\r\n", "400 closed"),
+    Rule("9110 5.5", "CR in a value", GET + HOST + b"A: b\rc\r\n\r\n", "400 closed"),
+    Rule("9110 5.5", "LF in a value", GET + HOST + b"A: b\nc: d\r\n\r\n", "400 closed"),
+    Rule("9110 5.5", "NUL in a value", GET + HOST + b"A: b\0c\r\n\r\n", "400 closed"),
+    Rule("9110 5.5", "another control", GET + HOST + b"A: b\x1bc\r\n\r\n", "400 closed"),
+    Rule("9110 5.5", "DEL in a value", GET + HOST + b"A: b\x7fc\r\n\r\n", "400 closed"),
+    Rule("9110 5.5", "Latin-1 in a value", GET + HOST + b"A: b\xe4c\td\r\n\r\n", "200 open"),
+    Rule("9110 5.5", "an empty value", GET + HOST + b"A:\r\n\r\n", "200 open"),
+    Rule("9110 5.4", "100 fields", GET + HOST + b"A: b\r\n" * 99 + END, "200 open"),
+    Rule("9110 5.4", "101 fields", GET + HOST + b"A: b\r\n" * 100 + END, "431 closed"),
+    Rule("9110 5.4", "30 KB", GET + HOST + b"A: " + b"b" * 30_000 + END + END, "200 open"),
+    Rule("9110 5.4", "33 KB", GET + HOST + b"A: " + b"b" * 33_000 + END + END, "431 closed"),
+    Rule("9110 5.4", "42 KB, no end", GET + HOST + b"A: " + b"b" * 42_000, "431 closed"),
+    # Content-Length
+    Rule("6.2", "a body", PUT + b"Content-Length: 5\r\n\r\nvalue", "200 open"),
+    Rule("6.2", "leading zeros", PUT + b"Content-Length: 0005\r\n\r\nvalue", "200 open"),
+    Rule("6.3", "a sign", PUT + b"Content-Length: +5\r\n\r\nvalue", "400 closed"),
+    Rule("6.3", "negative", PUT + b"Content-Length: -5\r\n\r\nvalue", "400 closed"),
+    Rule("6.3", "hexadecimal", PUT + b"Content-Length: 0x5\r\n\r\nvalue", "400 closed"),
+    Rule("6.3", "an underscore", PUT + b"Content-Length: 1_0\r\n\r\nvaluevalue", "400 closed"),
+    Rule("6.3", "a decimal", PUT + b"Content-Length: 5.0\r\n\r\nvalue", "400 closed"),
+    Rule("6.3", "other digits", PUT + "Content-Length: ٥\r\n\r\nvalue".encode(), "400 closed"),
+    Rule("6.3", "superscript", PUT + b"Content-Length: \xb2\r\n\r\nva", "400 closed"),
+    Rule("6.3", "empty", PUT + b"Content-Length:\r\n\r\nvalue", "400 closed"),
+    Rule("6.3", "a list", PUT + b"Content-Length: 5, 5\r\n\r\nvalue", "400 closed"),
+    Rule("6.3", "repeated, same", PUT + b"Content-Length: 5\r\n" * 2 + b"\r\nvalue", "200 open"),
+    Rule(
+        "6.3",
+        "and other",
+        PUT + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nvalue",
+        "400 closed",
+    ),
+    Rule("9110 8.6", "too large", PUT + b"Content-Length: 10485761\r\n\r\n", "413 closed"),
+    Rule(
+        "9110 8.6", "5,000 digits", PUT + b"Content-Length: " + b"9" * 5000 + END * 2, "413 closed"
+    ),
+    Rule(
+        "9110 8.6", "also with GET", GET + HOST + b"Content-Length: 10485761\r\n\r\n", "413 closed"
+    ),
+    Rule("9110 8.6", "with GET", GET + HOST + b"Content-Length: 5\r\n\r\nvalue", "200 open"),
+    Rule(
+        "9110 9.3.5",
+        "with DELETE",
+        b"DELETE /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab",
+        "200 open",
+    ),
+    Rule(
+        "6.3",
+        "a request inside an unwanted body",
+        b"POST /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 33\r\n\r\n" + GET + HOST + END,
+        "405 open",
+    ),
+    Rule("6.3", "none", PUT + END, "400 open"),
+    # Transfer-Encoding
+    Rule(
+        "6.1",
+        "with Content-Length",
+        PUT + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "400 closed",
+    ),
+    Rule(
+        "6.1",
+        "in HTTP/1.0",
+        b"PUT /kv/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "400 closed",
+    ),
+    Rule("6.1", "gzip", PUT + b"Transfer-Encoding: gzip\r\n\r\n", "501 closed"),
+    Rule(
+        "6.1",
+        "gzip, chunked",
+        PUT + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        "501 closed",
+    ),
+    Rule(
+        "6.1",
+        "chunked twice",
+        PUT + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n",
+        "501 closed",
+    ),
+    Rule("6.1", "identity", PUT + b"Transfer-Encoding: identity\r\n\r\n", "501 closed"),
+    Rule(
+        "6.1", "almost chunked", PUT + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", "501 closed"
+    ),
+    Rule(
+        "6.1",
+        "with a vertical tab",
+        PUT + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+        "400 closed",
+    ),
+    Rule("6.1", "empty", PUT + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n", "501 closed"),
+    Rule(
+        "6.1",
+        "in any case",
+        PUT + b"transfer-encoding: CHUNKED\r\n\r\n1\r\na\r\n0\r\n\r\n",
+        "200 open",
+    ),
+    # Chunks
+    Rule("7.1", "two chunks", CHUNKED + b"5\r\nvalue\r\nA\r\n0123456789\r\n0\r\n\r\n", "200 open"),
+    Rule("7.1", "leading zeros", CHUNKED + b"0001\r\na\r\n000\r\n\r\n", "200 open"),
+    Rule("7.1", "an empty body", CHUNKED + b"0\r\n\r\n", "400 open"),
+    Rule(
+        "7.1",
+        "an unwanted body",
+        CHUNKED.replace(b"PUT", b"POST") + b"1\r\na\r\n0\r\n\r\n",
+        "405 open",
+    ),
+    Rule("7.1", "no size", CHUNKED + b"\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "size not hexadecimal", CHUNKED + b"g\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "size with a prefix", CHUNKED + b"0x1\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "size with a sign", CHUNKED + b"+1\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "negative size", CHUNKED + b"-1\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "a space before the size", CHUNKED + b" 1\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "a space behind the size", CHUNKED + b"1 \r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "too many digits", CHUNKED + b"0" * 16 + b"1\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "data too long", CHUNKED + b"1\r\nab\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "data too short", CHUNKED + b"3\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "LF behind the size", CHUNKED + b"1\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "LF behind the data", CHUNKED + b"1\r\na\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "only LF", CHUNKED + b"1\na\n0\n\n", "400 closed"),
+    Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
+    Rule(
+        "7.1",
+        "together too large",
+        CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n",
+        "413 closed",
+    ),
+    Rule("7.1", "one too large", CHUNKED + b"A00001\r\n", "413 closed"),
+    Rule(
+        "7.1.1",
+        "extensions",
+        CHUNKED + b'1;a\r\na\r\n1 ; b = "c\\"; d" ;e=f\r\nb\r\n0;g\r\n\r\n',
+        "200 open",
+    ),
+    Rule("7.1.1", "an empty extension", CHUNKED + b"1;\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1.1", "CR in an extension", CHUNKED + b"1;a=\rb\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1.1", "LF in an extension", CHUNKED + b"1;a\nb\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1.1", "no end of quotation", CHUNKED + b'1;a="b\r\na\r\n0\r\n\r\n', "400 closed"),
+    Rule(
+        "7.1.1",
+        "9 KB of extensions",
+        CHUNKED + b"1;a=" + b"b" * 9000 + b"\r\na\r\n0\r\n\r\n",
+        "431 closed",
+    ),
+    Rule(
+        "7.1.2",
+        "a trailer",
+        CHUNKED + b"1\r\na\r\n0\r\nA: b\r\nContent-Length: 9\r\n\r\n",
+        "200 open",
+    ),
+    Rule("7.1.2", "a malformed one", CHUNKED + b"1\r\na\r\n0\r\nA : b\r\n\r\n", "400 closed"),
+    Rule("7.1.2", "a folded one", CHUNKED + b"1\r\na\r\n0\r\nA: b\r\n c\r\n\r\n", "400 closed"),
+    Rule(
+        "7.1.2", "101 fields", CHUNKED + b"1\r\na\r\n0\r\n" + b"A: b\r\n" * 101 + END, "431 closed"
+    ),
+    Rule("7.1.2", "9 KB in a line", CHUNKED + b"0\r\nA: " + b"b" * 9000 + END * 2, "431 closed"),
+    # What happens to the connection
+    Rule("9.3", "close", GET + HOST + b"Connection: close\r\n\r\n", "200 closed"),
+    Rule(
+        "9.3", "close among others", GET + HOST + b"Connection: a,\tClose ,b\r\n\r\n", "200 closed"
+    ),
+    Rule(
+        "9.3",
+        "in a second line",
+        GET + HOST + b"Connection: a\r\nConnection: close\r\n\r\n",
+        "200 closed",
+    ),
+    Rule("9.3", "keep-alive", GET + HOST + b"Connection: keep-alive\r\n\r\n", "200 open"),
+    Rule("9.3", "HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", "200 closed"),
+    Rule(
+        "9.3",
+        "HTTP/1.0, keep-alive",
+        b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+        "200 open",
+    ),
+    Rule("9.3", "both", GET + HOST + b"Connection: keep-alive, close\r\n\r\n", "200 closed"),
+    Rule("9.3.2", "pipelining", (GET + HOST + END) * 50, "200 " * 50 + "open"),
+    Rule(
+        "9.3.2",
+        "with bodies",
+        (PUT + b"Content-Length: 2\r\n\r\nab") * 3 + GET + HOST + END,
+        "200 200 200 200 open",
+    ),
+    Rule(
+        "9.3.2",
+        "an error in between",
+        GET + HOST + END + b"?\r\n\r\n" + GET + HOST + END,
+        "200 400 closed",
+    ),
+    Rule(
+        "9.6",
+        "nothing behind close",
+        GET + HOST + b"Connection: close\r\n\r\n" + GET + HOST + END,
+        "200 closed",
+    ),
+    # Expect
+    Rule(
+        "9110 10.1.1", "continue", PUT + b"Content-Length: 1\r\nExpect: 100-Continue\r\n\r\n", "100"
+    ),
+    Rule(
+        "9110 10.1.1",
+        "and chunks",
+        PUT + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n",
+        "100",
+    ),
+    Rule(
+        "9110 10.1.1",
+        "body on the way",
+        PUT + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\na",
+        "200 open",
+    ),
+    Rule("9110 10.1.1", "no body", GET + HOST + b"Expect: 100-continue\r\n\r\n", "200 open"),
+    Rule(
+        "9110 10.1.1",
+        "too large",
+        PUT + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n",
+        "413 closed",
+    ),
+    Rule(
+        "9110 10.1.1",
+        "wrong key",
+        b"PUT /kv/a! HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n",
+        "400 closed",
+    ),
+    Rule("9110 10.1.1", "another", GET + HOST + b"Expect: cake\r\n\r\n", "417 closed"),
+    Rule(
+        "9110 10.1.1",
+        "one of two",
+        GET + HOST + b"Expect: 100-continue\r\nExpect: cake\r\n\r\n",
+        "417 closed",
+    ),
+    Rule(
+        "9110 10.1.1",
+        "ignored in HTTP/1.0",
+        b"PUT /kv/a HTTP/1.0\r\nContent-Length: 0\r\nExpect: 100-continue\r\n\r\n",
+        "400 closed",
+    ),
+]
+
+
+class HTTPTest(KVTest):
+    def test_rules(self) -> None:
+        server = self.start()
+        for rule in RULES:
+            with self.subTest(f"RFC 9112 {rule.section}: {rule.what}"), server.connect() as client:
+                client.send(rule.sent)
+                *statuses, then = rule.answers.split()
+                if then == "100":
+                    statuses.append(then)
+                answers = [client.receive() for _ in statuses]
+                self.assertEqual([str(answer.status) for answer in answers], statuses)
+                if then == "open":
+                    self.assertNotEqual(answers[-1].fields.get("Connection"), "close")
+                    self.assertEqual(client.request("GET", "/health").body, b"ok\n")
+                elif then == "closed":
+                    self.assertEqual(answers[-1].fields["Connection"], "close")
+                    self.assertTrue(client.is_closed())
+                for answer in answers:
+                    self.assertEqual("Date" in answer.fields, answer.status >= 200)
+        self.assertEqual(server.log.count("\n"), 1, server.log)
+
+    def test_rules_byte_by_byte(self) -> None:
+        """However the bytes arrive, the answers are the same."""
+        server = self.start()
+        for rule in RULES:
+            if len(rule.sent) > 300:
+                continue
+            with self.subTest(rule.what), server.connect() as client:
+                with contextlib.suppress(OSError):  # closed at the first wrong byte
+                    for byte in rule.sent:
+                        client.send(bytes([byte]))
+                expected = rule.answers.split()[0]
+                # With the bytes of a body still on the way, the client is told to go on.
+                if rule.what == "body on the way":
+                    expected = "100"
+                self.assertEqual(str(client.receive().status), expected)
+
+    def test_a_short_body_is_not_stored(self) -> None:
+        server = self.start()
+        for part in (put("cut", "value")[:-1], CHUNKED + b"5\r\nval", CHUNKED + b"5\r\nvalue\r\n"):
+            for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+                with server.connect() as client:
+                    client.send(part)
+                    client.socket.shutdown(how)
+                    self.assertTrue(client.is_closed())
+        self.assertIsNone(server.get("cut"))
+        self.assertIsNone(server.get("rule"))
+        self.assertEqual(server.log.count("\n"), 1, server.log)
+
+    def test_expect_continue(self) -> None:
+        client = self.client(self.start())
+        client.send(request("PUT", "/kv/a", None, "Content-Length: 5", "Expect: 100-continue"))
+        self.assertEqual(client.receive().status, 100)
+        client.send(b"value")
+        self.assertEqual(client.receive().status, 200)
+        self.assertEqual(client.request("GET", "/kv/a").body, b"value")
+
+    def test_who_is_still_sending_can_read_the_refusal(self) -> None:
+        """Closing with unread input would reset the connection and lose the answer."""
+        server = self.start()
+        size = 30_000_000
+        for _ in range(5):
+            with server.connect() as client:
+                client.send(request("PUT", "/kv/a", None, f"Content-Length: {size}"))
+                client.send(b"x" * size)
+                self.assertEqual(client.receive().status, 413)
+                self.assertTrue(client.is_closed())
+
+    def test_pipelined_requests_split_anywhere(self) -> None:
+        server = self.start()
+        stream = put("a", "päivää") + CHUNKED + b"3\r\nabc\r\n0\r\n\r\n" + request("GET", "/kv/a")
+        for split in range(1, len(stream)):
+            with server.connect() as client:
+                client.send(stream[:split])
+                client.send(stream[split:])
+                answers = [client.receive() for _ in range(3)]
+                self.assertEqual([answer.status for answer in answers], [200] * 3)
+                self.assertEqual(answers[2].body.decode(), "päivää")
+
+    def test_hostile_bytes(self) -> None:
+        with self.start() as server:
+            fuzz(server, 1500, seed=1)
+            self.assertEqual(server.stop(), 0)
+            self.assertNotIn("error", server.log)
+
+    def test_slow_requests_end_after_their_time(self) -> None:
+        """A head that never ends, byte by byte; a body that stalls; one that keeps dribbling."""
+        server = self.start()
+        head, stall, dribble = clients = [self.client(server) for _ in range(3)]
+        begin = time.monotonic()
+        stall.send(put("slow", "value")[:-1])
+        dribble.send(request("PUT", "/kv/slow", None, "Content-Length: 1000"))
+        head.send(b"GET /")
+        open_clients = {client.file: client for client in clients}
+        while open_clients and time.monotonic() - begin < 2 * kv.STALL_SECONDS:
+            for client in (head, dribble):
+                with contextlib.suppress(OSError):
+                    client.send(b"x")
+            selector = selectors.DefaultSelector()
+            for client in open_clients.values():
+                selector.register(client.socket, selectors.EVENT_READ, client)
+            for key, _ in selector.select(0.25):
+                self.assertEqual(key.data.receive().status, 408)
+                self.assertGreater(time.monotonic() - begin, kv.STALL_SECONDS - 1)
+                del open_clients[key.data.file]
+            selector.close()
+        self.assertEqual(open_clients, {})
+
+
+def fuzz(server: Server, count: int, seed: int) -> None:
+    """Send mutated requests in random pieces, some cut off. Each must be answered or closed."""
+    chance = random.Random(seed)
+    valid = [rule.sent for rule in RULES if len(rule.sent) < 1000]
+    parts = [
+        b"\r\n",
+        b"\r",
+        b"\n",
+        b"\0",
+        b" ",
+        b":",
+        b"\xff",
+        b"0",
+        b"Content-Length: 3\r\n",
+        b"%",
+    ]
+    for number in range(count):
+        data = bytearray(b"".join(chance.choices(valid, k=chance.randint(1, 3))))
+        for _ in range(chance.randint(0, 4)):
+            at = chance.randrange(len(data) + 1)
+            action = chance.randrange(5)
+            if action == 0:
+                data[at : at + 1] = bytes([chance.randrange(256)])
+            elif action == 1:
+                data[at:at] = chance.choice(parts)
+            elif action == 2:
+                del data[at : at + chance.randint(1, 10)]
+            elif action == 3:
+                data[at:at] = data[at : at + chance.randint(1, 30)]
+            elif chance.random() < 0.5:
+                del data[at:]
+        with server.connect() as client:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                for _ in range(chance.randint(0, 2)):
+                    at = chance.randrange(len(data) + 1)
+                    client.send(data[:at])
+                    del data[:at]
+                client.send(data)
+                client.socket.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(1000):
+                    client.receive()
+                raise AssertionError(f"request {number} with seed {seed}: no end")
+    wait_until(lambda: server.request("GET", "/health").status == 200, "an answer")
+    if sys.platform == "linux":
+        wait_until(lambda: server.threads() <= 2 + 2, "the threads to end", 10)
+        wait_until(lambda: server.descriptors() <= 8, "the descriptors to be closed", 10)
+
+
+# ---- Server: many connections ----
+
+
+class ServerTest(KVTest):
+    def burst_and_restart(self, server: Server) -> None:
+        allow_descriptors(10_100)
+        requests = [put(f"key{number}", f"value {number}") for number in range(10_000)]
+        self.assertEqual(burst(server.port, requests, 15), {b"HTTP/1.1 200 OK": 10_000})
+        self.assertEqual(server.stop(), 0)
+        server = self.start(f"--port={server.port}")
+        client = self.client(server)
+        for number in range(10_000):
+            answer = client.request("GET", f"/kv/key{number}")
+            self.assertEqual(answer.body, f"value {number}".encode())
+
+    def test_10_000_clients_at_the_same_instant(self) -> None:
+        self.burst_and_restart(self.start())
+
+    def test_10_000_clients_and_256_descriptors(self) -> None:
+        limit = (resource.RLIMIT_NOFILE, (256, 256))
+        self.burst_and_restart(self.start(preexec_fn=lambda: resource.setrlimit(*limit)))
+
+    def test_an_idle_connection_makes_room_for_a_new_one(self) -> None:
+        limit = (resource.RLIMIT_NOFILE, (64, 64))
+        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        clients = []
+        for number in range(100):
+            clients.append(self.client(server))
+            self.assertEqual(clients[-1].request("PUT", f"/kv/{number}", b"x").status, 200)
+        self.assertTrue(clients[0].is_closed())
+
+    def test_raises_the_soft_limit_of_descriptors(self) -> None:
+        allow_descriptors(1000)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        limit = (resource.RLIMIT_NOFILE, (64, hard))
+        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        clients = [self.client(server) for _ in range(300)]
+        for client in clients:
+            self.assertEqual(client.request("GET", "/health").status, 200)
+        for client in clients:
+            self.assertEqual(client.request("GET", "/health").status, 200)
+
+    @on_linux
+    def test_waiting_at_the_limit_burns_no_core_and_ends_with_a_save(self) -> None:
+        limit = (resource.RLIMIT_NOFILE, (128, 128))
+        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        server.request("PUT", "/kv/a", b"1")
+        clients = [self.client(server) for _ in range(300)]
+        wait_until(lambda: server.descriptors() > 90, "the limit is reached")
+        before = server.cpu_seconds()
+        time.sleep(1)  # the time over which is measured
+        self.assertLess(server.cpu_seconds() - before, 0.3)
+        self.assertEqual(server.stop(), 0)
+        self.assertTrue(all(client.is_closed() for client in clients))
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
+    @on_linux
+    def test_running_out_of_descriptors_burns_no_core_and_ends_with_a_save(self) -> None:
+        """The same when the limit is lowered, or others have used up the descriptors."""
+        server = self.start()
+        server.request("PUT", "/kv/a", b"1")
+        descriptors = server.descriptors()
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (descriptors + 10,) * 2)
+        clients = [self.client(server) for _ in range(50)]
+        wait_until(lambda: server.descriptors() == descriptors + 10, "the limit is reached")
+        before = server.cpu_seconds()
+        time.sleep(1)
+        self.assertLess(server.cpu_seconds() - before, 0.3)
+        for client in clients:
+            client.__exit__()
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
+    def test_many_idle_and_dribbling_connections_do_not_delay_others(self) -> None:
+        allow_descriptors(2100)
+        server = self.start()
+        clients = [self.client(server) for _ in range(2000)]
+        for number, client in enumerate(clients[:1000]):
+            client.request("PUT", f"/kv/{number}", b"x")
+        slowest = 0.0
+        for number in range(200):
+            for client in clients[1000 + number % 10 :: 10]:
+                client.send(b"G"[: number < 10] or b"x")
+            begin = time.monotonic()
+            self.assertEqual(server.request("GET", "/health").status, 200)
+            slowest = max(slowest, time.monotonic() - begin)
+        self.assertLess(slowest, 1.0)  # it is 0.1 s on a machine that has nothing else to do
+
+    @on_linux
+    def test_a_burst_leaves_nothing_behind(self) -> None:
+        allow_descriptors(1100)
+        server = self.start()
+        threads, descriptors = server.threads(), server.descriptors()
+        burst(server.port, [put(f"key{number}", "value") for number in range(1000)], 15)
+        wait_until(lambda: server.descriptors() == descriptors, "all descriptors closed")
+        wait_until(lambda: server.threads() <= threads + kv.MAX_SPARE_WORKERS, "threads ended")
+
+    @on_linux
+    def test_memory_does_not_grow_with_requests_or_connections(self) -> None:
+        server = self.start()
+        self.load_and_measure(server, 2_000, 200)
+        before = server.resident_bytes()
+        self.load_and_measure(server, 20_000, 2_000)
+        self.assertLess(server.resident_bytes() - before, 3_000_000)
+
+    def load_and_measure(self, server: Server, requests: int, connections: int) -> None:
+        """Requests with other header fields and values each time, over one keys' worth of store."""
+        client = self.client(server)
+        for number in range(0, requests, 50):
+            for each in range(number, number + 50):
+                client.send(request("PUT", f"/kv/{each % 100}", b"x" * 100, f"X-Number: {each}"))
+            for _ in range(50):
+                self.assertEqual(client.receive().status, 200)
+        for _ in range(connections):
+            self.assertEqual(server.request("GET", "/kv/1").status, 200)
+
+    def test_a_client_that_hangs_up_leaves_no_trace_in_the_log(self) -> None:
+        server = self.start()
+        server.request("PUT", "/kv/a", b"x" * 5_000_000)
+        linger = (socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        for data in (b"", b"GET", put("b", "value")[:-1], CHUNKED, request("GET", "/kv/a") * 10):
+            for reset in (False, True):
+                with server.connect() as client:
+                    if reset:
+                        client.socket.setsockopt(*linger)
+                    client.send(data)
+        self.assertEqual(server.stop(), 0)
+        self.assertNotRegex(server.log, "(?i)error|traceback")
+
+    def test_slow_readers_get_the_whole_value(self) -> None:
+        server = self.start()
+        value = b"0123456789" * 1_000_000
+        client = self.client(server)
+        client.request("PUT", "/kv/a", value)
+        client.send(request("GET", "/kv/a") * 3)  # more than fits into the sockets' buffers
+        self.assertEqual(server.get("a"), value.decode())
+        for _ in range(3):
+            self.assertEqual(client.receive().body, value)
+
+
+# ---- Process: the shutdown ----
+
+
+def failing_fsync() -> None:
+    """For preexec_fn: have the kernel answer this process's fsync with EIO (seccomp, x86-64)."""
+    load, jump_if_equal, give = 0x20, 0x15, 0x06
+    x86_64, fsync, errno, allow = 0xC000003E, 74, 0x00050000, 0x7FFF0000
+    program = b"".join(
+        struct.pack("HBBI", *instruction)
+        for instruction in [
+            (load, 0, 0, 4),  # the architecture
+            (jump_if_equal, 0, 3, x86_64),
+            (load, 0, 0, 0),  # the system call
+            (jump_if_equal, 0, 1, fsync),
+            (give, 0, 0, errno | errno_of_a_broken_disk),
+            (give, 0, 0, allow),
+        ]
+    )
+    buffer = ctypes.create_string_buffer(program)
+    header = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
+    no_new_privileges, set_seccomp, filter_mode = 38, 22, 2
+    libc = ctypes.CDLL(None)
+    libc.prctl(no_new_privileges, 1, 0, 0, 0)
+    assert libc.prctl(set_seccomp, filter_mode, header, 0, 0) == 0
+
+
+errno_of_a_broken_disk = errno.EIO
+
+
+class ShutdownTest(KVTest):
+    def test_each_signal_saves(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            with self.start() as server:
+                server.request("PUT", f"/kv/{number.name}", b"value")
+                self.assertEqual(server.stop(number), 0)
+                self.assertIn(number.name, server.log)
+                self.assertRegex(server.log, r"saved \d pairs in \d+\.\d\d s")
+        self.assertEqual(set(self.read_snapshot()), {"SIGTERM", "SIGINT", "SIGHUP"})
+
+    def test_nohup_is_respected(self) -> None:
+        server = self.start(command=["nohup", sys.executable, str(HERE / "kv.py")])
+        server.send_signal(signal.SIGHUP)
+        self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn("SIGHUP", server.log)
+
+    def test_idle_connections_do_not_delay_the_exit(self) -> None:
+        allow_descriptors(1100)
+        server = self.start()
+        clients = [self.client(server) for _ in range(1000)]
+        for client in clients[:500]:  # the others have never sent anything
+            client.request("PUT", "/kv/a", b"1")
+        server.send_signal()
+        self.assertEqual(server.exit_code(5), 0)
+        self.assertTrue(all(client.is_closed() for client in clients))
+
+    def test_everything_on_the_wire_is_answered_and_saved(self) -> None:
+        """Stopped, the server accepts nothing: 200 connections are in the listen queue."""
+        server = self.start()
+        server.send_signal(signal.SIGSTOP)
+        clients = [self.client(server) for _ in range(200)]
+        for number, client in enumerate(clients):
+            client.send(put(f"{number}a", "1") + put(f"{number}b", "2"))
+        server.send_signal()
+        server.send_signal(signal.SIGCONT)
+        for client in clients:
+            first, second = client.receive(), client.receive()
+            self.assertEqual((first.status, second.status), (200, 200))
+            self.assertEqual(first.fields.get("Connection"), None)
+            self.assertEqual(second.fields.get("Connection"), "close")
+        self.assertEqual(server.exit_code(), 0)
+        self.assertEqual(len(self.read_snapshot()), 400)
+        self.assertRaises(ConnectionRefusedError, server.connect)
+
+    def test_a_slow_upload_finishes_and_is_saved(self) -> None:
+        server = self.start()
+        client = self.client(server)
+        upload = put("slow", "value")
+        client.send(upload[:-3])
+        wait_until(lambda: server.get("other") is None, "the upload is in flight")
+        server.send_signal()
+        wait_until(lambda: refuses(server.port), "new connections are refused")
+        for byte in upload[-3:]:
+            client.send(bytes([byte]))
+        answer = client.receive()
+        self.assertEqual((answer.status, answer.fields["Connection"]), (200, "close"))
+        self.assertEqual(server.exit_code(), 0)
+        self.assertEqual(self.read_snapshot(), {"slow": "value"})
+
+    def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
+        server = self.start()
+        stalled = self.client(server)
+        stalled.send(put("stalled", "value")[:-1])
+        server.request("PUT", "/kv/a", b"1")
+        server.send_signal()
+        server.wait_for_log("saved 1 pairs")
+        server.send_signal(signal.SIGKILL)
+        server.exit_code()
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
+    def test_a_second_signal_ends_the_waiting(self) -> None:
+        server = self.start()
+        stalled = self.client(server)
+        stalled.send(put("stalled", "value")[:-1])
+        server.request("PUT", "/kv/a", b"1")
+        server.send_signal()
+        server.wait_for_log("draining")
+        server.send_signal()
+        self.assertEqual(server.exit_code(5), 0)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
+    @on_linux
+    def test_stalled_clients_and_a_full_disk(self) -> None:
+        """All that can go wrong at once, and the process still ends by itself and has saved.
+
+        Clients stall in a head, in a body and while they are answered; nothing can be written
+        until a second before the end, and a write that comes too late is refused.
+        """
+        server = self.start()
+        server.request("PUT", "/kv/large", b"x" * 10_000_000)
+        in_head, in_body, late, reader = (self.client(server) for _ in range(4))
+        in_head.send(b"GET /kv/a HT")
+        in_body.send(put("stalled", "value")[:-1])
+        late.send(put("late", "value")[:-1])
+        reader.send(request("GET", "/kv/large") * 5)
+        server.request("PUT", "/kv/a", b"1")
+        self.limit_file_size(server, 1000)
+        begin = time.monotonic()
+        server.send_signal()
+        server.wait_for_log("cannot save: File too large")
+        server.wait_for_log("4 given up")
+        late.send(b"e")
+        self.assertEqual(late.receive().status, 503)
+        self.limit_file_size(server, resource.RLIM_INFINITY)
+        self.assertEqual(server.exit_code(), 0)
+        self.assertLess(time.monotonic() - begin, kv.SHUTDOWN_SECONDS)
+        self.assertEqual(set(self.read_snapshot()), {"a", "large"})
+        self.assertEqual(os.listdir(self.directory), [kv.SNAPSHOT])
+
+    def limit_file_size(self, server: Server, size: int) -> None:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def test_a_signal_during_the_start_never_costs_the_snapshot(self) -> None:
+        self.write_snapshot({f"key{number}": "value" * 20 for number in range(100_000)})
+        before = self.snapshot.read_bytes()
+        chance = random.Random(1)
+        for _ in range(20):
+            server = self.start(ready=False)
+            time.sleep(chance.uniform(0, 0.4))  # the moment is left to chance
+            number = chance.choice([signal.SIGTERM, signal.SIGHUP])
+            server.send_signal(number)
+            self.assertIn(server.exit_code(), (0, -number))
+            self.assertNotIn("Traceback", server.log)
+            self.assertEqual(self.snapshot.read_bytes(), before)
+
+    def test_without_changes_nothing_is_written(self) -> None:
+        self.write_snapshot({"a": "1"})
+        before = self.snapshot.stat()
+        server = self.start()
+        self.assertEqual(server.get("a"), "1")
+        self.assertEqual(server.stop(), 0)
+        after = self.snapshot.stat()
+        self.assertEqual((after.st_ino, after.st_mtime_ns), (before.st_ino, before.st_mtime_ns))
+
+    def test_shutdowns_under_load_lose_nothing(self) -> None:
+        report = shutdowns_under_load(self.directory, cycles=8, seed=1)
+        self.assertEqual(report.lost, [])
+        self.assertGreater(report.acknowledged, 500)
+
+
+class FailingSaveTest(KVTest):
+    """The save fails: a line that says so, exit code 1, and the old snapshot is as it was."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.write_snapshot({"old": "1"})
+        self.before = self.snapshot.read_bytes()
+
+    def check_fails(self, server: Server, reason: str) -> None:
+        server.send_signal()
+        server.wait_for_log(f"cannot save: {reason}")
+        server.send_signal()  # or it would try for 15 s
+        self.assertEqual(server.exit_code(), 1)
+        self.assertRegex(server.log, r"not saved: .*\n$")
+        self.assertEqual(self.snapshot.read_bytes(), self.before)
+        self.assertEqual(os.listdir(self.directory), [kv.SNAPSHOT])
+
+    def start_with_changes(self, **options: Any) -> Server:
+        server = self.start(**options)
+        server.request("PUT", "/kv/large", b"x" * 100_000)
+        return server
+
+    def test_file_size_limit(self) -> None:
+        limit = (resource.RLIMIT_FSIZE, (50_000, 50_000))
+        server = self.start_with_changes(preexec_fn=lambda: resource.setrlimit(*limit))
+        self.check_fails(server, "File too large")
+        self.assertEqual(self.start().get("old"), "1")
+
+    @unittest.skipUnless(os.uname().machine == "x86_64" and sys.platform == "linux", "seccomp")
+    def test_fsync_error(self) -> None:
+        server = self.start_with_changes(preexec_fn=failing_fsync)
+        self.check_fails(server, "Input/output error")
+
+    @on_linux
+    def test_no_permission(self) -> None:
+        server = self.start_with_changes(preexec_fn=be_bound_by_permissions)
+        self.directory.chmod(0o555)
+        self.check_fails(server, "Permission denied")
+
+    def test_directory_gone(self) -> None:
+        server = self.start_with_changes()
+        shutil.rmtree(self.directory)
+        server.send_signal()
+        server.wait_for_log("cannot save: No such file or directory")
+        server.send_signal()
+        self.assertEqual(server.exit_code(), 1)
+
+    def test_full_file_system_and_room_within_the_deadline(self) -> None:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "kv", self.directory]
+        ).returncode:
+            self.skipTest("may not mount a file system")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(self.directory)])
+        self.write_snapshot({"old": "1"})
+        server = self.start_with_changes()
+        self.check_fails(server, "No space left on device")
+        server = self.start_with_changes()
+        server.send_signal()
+        server.wait_for_log("cannot save: No space left on device")
+        subprocess.run(["mount", "-o", "remount,size=1m", self.directory], check=True)
+        self.assertEqual(server.exit_code(), 0)
+        self.assertEqual(set(self.read_snapshot()), {"old", "large"})
+
+    def test_sigkill_at_any_moment_of_a_save_leaves_a_whole_snapshot(self) -> None:
+        old = {f"key{number}": "value" * 20 for number in range(50_000)}
+        self.write_snapshot(old)
+        chance = random.Random(1)
+        outcomes: collections.Counter[int] = collections.Counter()
+        for _ in range(20):
+            server = self.start()
+            server.request("PUT", "/kv/new", b"1")
+            server.send_signal()
+            server.wait_for_log("draining")
+            time.sleep(chance.uniform(0, 0.3))  # the moment is left to chance
+            server.send_signal(signal.SIGKILL)
+            server.exit_code()
+            pairs = self.read_snapshot()
+            self.assertIn(pairs, (old, {**old, "new": "1"}))
+            outcomes[len(pairs)] += 1
+            self.write_snapshot(old)
+        self.assertEqual(len(outcomes), 2, "neither all before nor all after the rename")
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), DEADLINE).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+class Operation(NamedTuple):
+    """A write by a client. Times are of the monotonic clock, which all processes share."""
+
+    begin: float
+    end: float  # infinite if there was no answer
+    key: str  # empty: clear
+    value: str | None  # None: delete
+
+
+class Report(NamedTuple):
+    acknowledged: int
+    lost: list[str]
+
+
+def write_until_refused(
+    port: int, name: str, keep_alive: bool, clears: bool, seed: float
+) -> list[Operation]:
+    """Write to keys of one's own until the server is gone; return what was done."""
+    chance = random.Random(seed)
+    done: list[Operation] = []
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+    for number in range(100_000):
+        key, value = f"{name}-{chance.randrange(200)}", f"{seed} {number}"
+        method, path, body = "PUT", f"/kv/{key}", cast("str | None", value)
+        kind = chance.random()
+        if kind < 0.002 and clears:
+            method, path, key, body = "DELETE", "/clear", "", None
+        elif kind < 0.2:
+            method, body = "DELETE", None
+        begin, end = time.monotonic(), float("inf")
+        fields = {} if keep_alive else {"Connection": "close"}
+        try:
+            connection.request(method, path, body, fields)
+            response = connection.getresponse()
+            response.read()
+            assert response.status in (200, 503), response.status
+            end = time.monotonic()
+        except ConnectionRefusedError:
+            return done
+        except (OSError, http.client.HTTPException):
+            connection.close()
+        else:
+            if response.status == 503:
+                continue  # it says that this was not done
+        done.append(Operation(begin, end, key, body))
+    return done
+
+
+def shutdowns_under_load(
+    directory: Path, cycles: int, seed: int, until: float = float("inf"), progress: bool = False
+) -> Report:
+    """Stop the server at random moments of a load; count the acknowledged writes it lost."""
+    chance = random.Random(seed)
+    acknowledged, lost = 0, []
+    context = multiprocessing.get_context("fork")
+    state: dict[str, str] = {}
+    for cycle in range(cycles):
+        if time.monotonic() > until:
+            break
+        with Server(directory) as server, context.Pool(4) as pool:
+            runs = [
+                pool.apply_async(
+                    write_until_refused,
+                    (
+                        server.port,
+                        f"client{number}",
+                        number % 2 == 0,
+                        cycle % 2 == 0,
+                        cycle + number / 10,
+                    ),
+                )
+                for number in range(4)
+            ]
+            time.sleep(chance.uniform(0.0, 0.5))  # the moment is left to chance
+            exit_code = server.stop()
+            operations = [operation for run in runs for operation in run.get(DEADLINE)]
+        if exit_code != 0:
+            lost.append(f"cycle {cycle}: exit code {exit_code}")
+        descriptor = os.open(directory, os.O_RDONLY)
+        after = kv.load(descriptor)
+        os.close(descriptor)
+        acknowledged += sum(operation.end < float("inf") for operation in operations)
+        lost += [f"cycle {cycle}: {each}" for each in differences(state, operations, after)]
+        state = after
+        if progress:
+            print(f"cycle {cycle}: {acknowledged} acknowledged, {len(lost)} lost", flush=True)
+    return Report(acknowledged, lost)
+
+
+def differences(
+    before: dict[str, str], operations: list[Operation], after: dict[str, str]
+) -> Iterator[str]:
+    """What cannot be: keys whose state no order of the operations that clients saw leads to."""
+    clears = [operation for operation in operations if not operation.key]
+    by_key: dict[str, list[Operation]] = {
+        key: [Operation(0, 0, key, value)] for key, value in before.items()
+    }
+    for operation in operations:
+        if operation.key:
+            by_key.setdefault(operation.key, []).append(operation)
+    for key in by_key.keys() | after.keys():
+        history = by_key.get(key, [])  # in order, because each key has one client
+        # The last acknowledged one holds, unless a later one was done without an answer.
+        last = max((n for n, each in enumerate(history) if each.end < float("inf")), default=0)
+        possible: set[str | None] = {each.value for each in history[last:]} or {None}
+        begin, end = (history[last].begin, history[last].end) if history else (0.0, 0.0)
+        if any(clear.end > begin for clear in clears):
+            possible.add(None)
+        if any(clear.begin > end and clear.end < float("inf") for clear in clears):
+            possible -= {history[last].value}
+            possible.add(None)
+        if after.get(key) not in possible:
+            yield f"{key} is {after.get(key)!r} and not one of {possible}"
+
+
+# ---- Process: the command line ----
+
+
+class CommandLineTest(KVTest):
+    def test_version_and_help(self) -> None:
+        for option in ("--version", "--help"):
+            run = subprocess.run([sys.executable, HERE / "kv.py", option], capture_output=True)
+            self.assertEqual((run.returncode, run.stderr), (0, b""))
+            self.assertIn(b"kv.py", run.stdout)
+
+    def test_wrong_arguments(self) -> None:
+        self.assert_refuses_to_start("--port", "--port=x")
+        self.assert_refuses_to_start("--port", "--port=65536")
+        self.assert_refuses_to_start("--port", "--port=-1")
+        self.assert_refuses_to_start("--port", "--port=")
+        self.assert_refuses_to_start("--por", "--por=1")
+        self.assert_refuses_to_start("extra", "extra")
+        self.assert_refuses_to_start("--verbose", "--verbose=1")
+        self.assert_refuses_to_start("--host", "--host")
+        self.assert_refuses_to_start("cannot listen on x.invalid", "--host=x.invalid")
+        self.assert_refuses_to_start("cannot listen on", "--host=" + "x" * 100)
+        self.assert_refuses_to_start("cannot listen on 203.0.113.1", "--host=203.0.113.1")
+        self.assert_refuses_to_start("working directory", "--working-dir=")
+
+    def test_the_exit_code_tells_bad_arguments_from_the_rest(self) -> None:
+        self.assertEqual(self.start("--port=x", ready=False).exit_code(), 2)
+        self.assertEqual(self.start("--host=203.0.113.1", ready=False).exit_code(), 1)
+
+    def test_port_in_use(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            self.assert_refuses_to_start(f"port {port}: Address already in use", f"--port={port}")
+
+    def test_working_directory_that_is_a_file(self) -> None:
+        self.directory.write_text("")
+        self.assert_refuses_to_start("File exists")
+
+    def test_working_directory_that_cannot_be_created(self) -> None:
+        self.assert_refuses_to_start("cannot use", "--working-dir=/dev/null/data")
+
+    def test_working_directory_that_cannot_be_written(self) -> None:
+        self.directory.mkdir()
+        self.directory.chmod(0o555)
+        self.assert_refuses_to_start("Permission denied", preexec_fn=be_bound_by_permissions)
+
+    def test_working_directory_in_use(self) -> None:
+        server = self.start()
+        server.request("PUT", "/kv/a", b"1")
+        self.assert_refuses_to_start("in use by another kv.py")
+        self.assertEqual(server.get("a"), "1")
+        server.send_signal(signal.SIGKILL)
+        server.exit_code()
+        self.start()  # at once
+
+    def test_working_directory_is_created_with_its_parents(self) -> None:
+        self.directory = self.top / "a" / "b"
+        (self.top / "a").mkdir()
+        with self.start() as server:
+            server.request("PUT", "/kv/a", b"1")
+            self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
+    def test_working_directory_from_the_environment(self) -> None:
+        for data_dir, place in (("from-env", "from-env"), ("", ".")):
+            environment = {**os.environ, "DATA_DIR": data_dir}
+            command = [sys.executable, str(HERE / "kv.py"), "--port=0"]
+            with subprocess.Popen(
+                command, cwd=self.top, env=environment, stderr=subprocess.PIPE, text=True
+            ) as process:
+                assert process.stderr
+                expected = self.top / place / kv.SNAPSHOT
+                self.assertIn(f" {expected.resolve()}, ", process.stderr.readline())
+                process.terminate()
+
+    def test_addresses(self) -> None:
+        for host, url in (("::1", "http://[::1]:"), ("0.0.0.0", "http://0.0.0.0:")):
+            with self.start(f"--host={host}") as server:
+                self.assertIn(url, server.log)
+                with Client(server.port, host.replace("0.0.0.0", "127.0.0.1")) as client:
+                    self.assertEqual(client.request("GET", "/health").status, 200)
+
+    def test_the_ready_line(self) -> None:
+        self.write_snapshot({"a": "1", "b": "2"})
+        server = self.start()
+        place = re.escape(str(self.snapshot))
+        url = rf"http://127\.0\.0\.1:{server.port}"
+        self.assertRegex(server.log, rf"^kv\.py: 2 pairs in {place}, listening on {url}\n$")
+
+    def test_requests_are_not_logged(self) -> None:
+        server = self.start()
+        server.request("PUT", "/kv/a", b"1")
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn("PUT", server.log)
+
+    def test_requests_are_logged_with_verbose(self) -> None:
+        server = self.start("--verbose")
+        server.request("PUT", "/kv/a", b"1")
+        server.request("GET", "/kv/a?\x1b[31m")
+        server.request("GET", "/kv/" + "x" * 8000)
+        self.assertEqual(server.stop(), 0)
+        lines = server.log.split("\n")
+        self.assertEqual(lines[1], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
+        self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
+        self.assertLess(len(lines[3]), 2000)
+
+    def test_nobody_reading_the_log_does_not_stop_the_save(self) -> None:
+        for number, close in enumerate((False, True)):
+            reader, writer = os.pipe()
+            command = [sys.executable, str(HERE / "kv.py"), f"--working-dir={self.directory}"]
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = probe.getsockname()[1]
+            process = subprocess.Popen([*command, f"--port={port}", "--verbose"], stderr=writer)
+            self.addCleanup(process.kill)
+            os.close(writer)
+            os.read(reader, 1000)
+            if close:
+                os.close(reader)
+            with Client(port) as client:
+                for _ in range(2000):  # enough to fill a pipe
+                    client.request("PUT", f"/kv/{number}", b"x" * 10)
+            process.terminate()
+            self.assertEqual(process.wait(DEADLINE), 0)
+            self.assertIn(str(number), self.read_snapshot())
+        os.close(reader) if not close else None
+
+    def test_without_standard_streams(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        command = f'exec "{sys.executable}" "{HERE}/kv.py" --port={port} --verbose <&- >&- 2>&-'
+        process = subprocess.Popen(["sh", "-c", command], cwd=self.top)
+        self.addCleanup(process.kill)
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError), Client(port) as client:
+                return client.request("PUT", "/kv/a", b"1").status == 200
+            return False
+
+        wait_until(answers, "an answer")
+        process.terminate()
+        self.assertEqual(process.wait(DEADLINE), 0)
+        self.directory, self.snapshot = self.top, self.top / kv.SNAPSHOT
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
+
+class RunScriptTest(KVTest):
+    """The way in which the lsfr harness starts, stops and restarts the server."""
+
+    def test_restarts_on_the_same_port_and_directory(self) -> None:
+        shutil.copy(HERE / "kv.py", self.top)
+        shutil.copy(HERE / "run.sh", self.top)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        working_directory = self.top / ".lsfr" / "run-1"
+        working_directory.mkdir(parents=True)
+        expected: dict[str, str] = {}
+        for restart in range(6):
+            with open(working_directory / "node.log", "ab") as log:
+                process = subprocess.Popen(
+                    ["./run.sh", f"--port={port}", "--working-dir=.lsfr/run-1"],
+                    cwd=self.top,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+
+            def listening() -> bool:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    return True
+                return False
+
+            wait_until(listening, "the server listens", 15)
+            with Client(port) as client:
+                for key, value in expected.items():
+                    self.assertEqual(client.request("GET", f"/kv/{key}").body.decode(), value)
+                expected[f"key{restart}"] = "päivää 🌍\t" * (restart + 1)
+                for key, value in expected.items():
+                    self.assertEqual(
+                        client.request("PUT", f"/kv/{key}", value.encode()).status, 200
+                    )
+                os.killpg(process.pid, signal.SIGTERM)
+                self.assertEqual(process.wait(15), 0)
+        self.assertEqual(set(os.listdir(working_directory)), {kv.SNAPSHOT, "node.log"})
+
+    def test_from_any_directory_with_the_interpreter_from_the_environment(self) -> None:
+        script = self.top / "directory with spaces" / "run.sh"
+        script.parent.mkdir()
+        shutil.copy(HERE / "kv.py", script.parent)
+        shutil.copy(HERE / "run.sh", script)
+        python = self.top / "python"
+        python.write_text(f'#!/bin/sh\necho "this one" >&2\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        environment = {**os.environ, "PYTHON": str(python)}
+        run = subprocess.run(
+            [script, "--port=x y"], cwd="/", env=environment, capture_output=True, text=True
+        )
+        self.assertEqual(run.returncode, 2)
+        self.assertIn("this one", run.stderr)
+
+
+class DumpTest(KVTest):
+    def dump(self) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, str(HERE / "kv.py"), "--dump", f"--working-dir={self.directory}"]
+        return subprocess.run(command, capture_output=True, env={"LC_ALL": "C"})
+
+    def test_prints_the_pairs_as_json_lines(self) -> None:
+        pairs = {"a": "1", "b": 'päivää 🌍\n"\\\0'}
+        self.write_snapshot(pairs)
+        run = self.dump()
+        self.assertEqual((run.returncode, run.stderr), (0, b""))
+        lines = [json.loads(line) for line in run.stdout.decode().splitlines()]
+        self.assertEqual({line["key"]: line["value"] for line in lines}, pairs)
+        self.assertIn("päivää 🌍", run.stdout.decode())
+
+    def test_beside_a_running_server(self) -> None:
+        self.write_snapshot({"a": "1"})
+        self.start()
+        self.assertEqual(self.dump().stdout, b'{"key": "a", "value": "1"}\n')
+
+    def test_errors(self) -> None:
+        self.assertEqual((self.dump().returncode, self.directory.exists()), (1, False))
+        self.directory.mkdir()
+        self.assertEqual(self.dump().returncode, 1)
+        self.snapshot.write_bytes(b"x" * 100)
+        run = self.dump()
+        self.assertEqual((run.returncode, run.stdout), (1, b""))
+        self.assertRegex(run.stderr.decode(), r"^kv\.py: cannot dump .*checksum.*\n$")
+
+    def test_stops_quietly_with_its_reader(self) -> None:
+        self.write_snapshot({f"key{number}": "value" for number in range(50_000)})
+        command = (
+            f'"{sys.executable}" "{HERE}/kv.py" --dump --working-dir={self.directory} | head -1'
+        )
+        run = subprocess.run(["sh", "-c", command], capture_output=True)
+        self.assertEqual((run.stdout.count(b"\n"), run.stderr), (1, b""))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_full_disk_is_an_error(self) -> None:
+        self.write_snapshot({"a": "1"})
+        command = [sys.executable, str(HERE / "kv.py"), "--dump", f"--working-dir={self.directory}"]
+        with open("/dev/full", "w") as full:
+            run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+        self.assertEqual(run.returncode, 1)
+        self.assertRegex(run.stderr.decode(), r"^kv\.py: cannot dump .*No space left on device\n$")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children of `&` would ignore it
+    unittest.main()
