@@ -35,7 +35,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import hmac
 import json
 import mmap
 import os
@@ -65,13 +64,13 @@ __version__ = "1.0.0"
 
 # ---- Snapshot: all pairs in a file ----
 #
-# The file is a pickle of the dict, followed by the SHA-256 digest of that pickle. Two things must
-# not happen: that a crash in the middle of a save leaves half a file, and that a load believes a
-# file that somebody or something has altered. A pickle is a program for a small stack machine that
-# can call any function, so the second is a matter of safety, too.
+# The file is a pickle of the dict, followed by the SHA-256 digest of that pickle. A crash in the
+# middle of a save must not leave half a file, so each save writes a new file and gives it the name
+# of the old one when it is complete. And a load must not believe a file that something or somebody
+# has altered: a pickle is a program for a small stack machine, which can call any function.
 
 SNAPSHOT = "kv.pickle"
-TEMPORARY = SNAPSHOT + ".tmp"
+TEMPORARY = "kv.pickle.tmp"
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -80,8 +79,7 @@ class SnapshotError(Exception):
 
 
 class HashingWriter:
-    """Passes what is written on to a file and keeps the digest of it, so that a save needs no
-    second pass over the data and no copy of it in memory."""
+    """A file to write to that keeps the digest of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -92,13 +90,6 @@ class HashingWriter:
         return self._file.write(data)
 
 
-class StringsOnly(pickle.Unpickler):
-    """An unpickler that cannot get hold of a function or a class."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise SnapshotError(f"asks for {module}.{name}")
-
-
 def create_temporary(directory: int) -> int:
     """Return a descriptor of a new, empty temporary file, readable by its owner alone."""
     with contextlib.suppress(FileNotFoundError):
@@ -107,7 +98,7 @@ def create_temporary(directory: int) -> int:
     return os.open(TEMPORARY, flags, mode=0o600, dir_fd=directory)
 
 
-def save(pairs: dict[str, str], directory: int) -> None:
+def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
     """Replace the snapshot in `directory` (an open descriptor), whole or not at all.
 
     An OSError (disk full, file too large, directory gone, ...) leaves the old snapshot in place.
@@ -115,32 +106,31 @@ def save(pairs: dict[str, str], directory: int) -> None:
     try:
         with open(create_temporary(directory), "wb") as file:
             writer = HashingWriter(file)
-            pickler = pickle.Pickler(writer, protocol=4)  # 4: the newest one that Python 3.9 writes
-            # Without its memo, which exists for objects that occur twice: it would cost about as
-            # much memory as the store, in the moment when memory is needed least.
+            pickler = pickle.Pickler(writer, protocol=4)  # the newest that Python 3.9 knows well
+            # Without its memo of objects seen, which would take a third of the store's memory.
             pickler.fast = True
             pickler.dump(pairs)
             file.write(writer.sha256.digest())
             file.flush()
-            # On the disk before the name points to it: a file system may put the rename first.
+            # The content first: a file system may otherwise put the rename on the disk before it.
             os.fsync(file.fileno())
         os.replace(TEMPORARY, SNAPSHOT, src_dir_fd=directory, dst_dir_fd=directory)
-        os.fsync(directory)  # the rename itself
+        os.fsync(directory)  # the rename
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(TEMPORARY, dir_fd=directory)  # half a file on a full disk helps nobody
+            os.unlink(TEMPORARY, dir_fd=directory)  # half a file would fill a full disk for good
         raise
 
 
-def load(directory: int) -> dict[str, str]:
-    """Return the pairs of the snapshot in `directory`; none if there is no snapshot.
+def load_snapshot(directory: int) -> dict[str, str]:
+    """Return the pairs of the snapshot in `directory`, none if there is no snapshot.
 
-    Raises SnapshotError if the file is not exactly what `save` wrote, OSError if it cannot be read.
+    Raises SnapshotError if it is not what `save_snapshot` writes, OSError if it cannot be read.
     """
+    # Not through a link: a save would replace the link and not the file behind it. And without
+    # blocking: to open a named pipe is to wait for somebody who writes to it.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        # A link is refused, because a save would replace the link and not the file behind it.
-        # O_NONBLOCK, because opening a named pipe would wait for its writer.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(SNAPSHOT, flags, dir_fd=directory)
     except FileNotFoundError:
         return {}
@@ -150,19 +140,17 @@ def load(directory: int) -> dict[str, str]:
             raise SnapshotError("not a regular file")
         if status.st_size <= DIGEST_SIZE:
             raise SnapshotError("too short")
-        # Mapped instead of read, so that the pairs need not fit into memory twice.
+        # Mapped, not read: the store need not fit into memory twice.
         with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
             end = len(data) - DIGEST_SIZE
             with memoryview(data) as view, view[:end] as pickled:
                 digest = hashlib.sha256(pickled).digest()
-            if not hmac.compare_digest(digest, data[end:]):
+            if digest != data[end:]:
                 raise SnapshotError("truncated or altered: its checksum does not match")
+            check_opcodes(data, end)
             try:
-                check_opcodes(data, end)
                 pairs = StringsOnly(data).load()
-            except SnapshotError:
-                raise
-            except Exception as error:  # the pickle module promises no particular one
+            except Exception as error:  # the pickle module does not promise which
                 raise SnapshotError(f"not a valid pickle: {error}") from error
     finally:
         os.close(descriptor)
@@ -171,34 +159,37 @@ def load(directory: int) -> dict[str, str]:
     return pairs
 
 
-def check_opcodes(data: mmap.mmap, end: int) -> None:
-    """Raise SnapshotError unless the pickle in data[:end] is a dict of strings and nothing else.
+class StringsOnly(pickle.Unpickler):
+    """An unpickler that gives a pickle no function or class to call."""
 
-    A correct checksum proves that the file is whole, not who made it. Refusing to look up classes
-    stops a pickle from running code, but not from crashing the interpreter (a tuple nested a
-    million levels deep as a key) or from eating all memory (one memo entry with a huge number).
-    So only the few opcodes pass that a dict of strings is made of.
-    https://github.com/python/cpython/blob/main/Lib/pickletools.py describes each.
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"asks for {module}.{name}")
+
+
+def check_opcodes(data: mmap.mmap, end: int) -> None:
+    """Raise SnapshotError unless the pickle data[:end] builds one dict of strings, nothing else.
+
+    The checksum proves that the file is whole, not who made it, and without functions a pickle can
+    still crash the interpreter (a tuple nested a million deep as a key) or use up all memory (a
+    memo entry with a huge number). So only the opcodes pass that `save_snapshot` writes.
     """
-    proto, frame, empty_dict, mark, setitem, setitems, stop, short_text, text = (
-        b"\x80\x95}(su.\x8cX"
-    )
-    at = 2 if data[0] == proto else 0
-    if data[at] == frame:
-        at += 9
-    if data[at] != empty_dict:
+    short_string, string = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
+    frame, stop = pickle.FRAME[0], pickle.STOP[0]
+    single_bytes = (pickle.MARK[0], pickle.SETITEM[0], pickle.SETITEMS[0])
+    start = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL).match(data)
+    if not start:
         raise SnapshotError("not a dict")
-    at += 1
+    at = start.end()
     while at < end:
         opcode = data[at]
-        if opcode == short_text:
+        if opcode == short_string:
             at += 2 + data[at + 1]
-        elif opcode == text:
+        elif opcode in single_bytes:
+            at += 1
+        elif opcode == string:
             at += 5 + int.from_bytes(data[at + 1 : at + 5], "little")
         elif opcode == frame:
             at += 9
-        elif opcode in (mark, setitem, setitems):
-            at += 1
         elif opcode == stop and at == end - 1:
             return
         else:
@@ -327,7 +318,7 @@ KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 class Refusal(Exception):
     """A request that is answered with an error: its status, a line of text, one more field."""
 
-    def __init__(self, status: HTTPStatus, reason: str, field: str = "") -> None:
+    def __init__(self, status: int, reason: str, field: bytes = b"") -> None:
         super().__init__(status, reason, field)
         self.status, self.reason, self.field = status, reason, field
 
@@ -348,10 +339,10 @@ def parse_request_line(line: bytes) -> tuple[str, str, bool]:
         method, path, minor = match.groups()
         return method.decode(), path.decode(), minor == b"1"
     if len(line) > MAX_LINE:
-        raise Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "request line too long")
+        raise Refusal(414, "request line too long")
     if OTHER_VERSION.fullmatch(line):
-        raise Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.0 and HTTP/1.1")
-    raise Refusal(HTTPStatus.BAD_REQUEST, "malformed request line")
+        raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
+    raise Refusal(400, "malformed request line")
 
 
 def has_bare_line_end(data: bytes) -> bool:
@@ -363,12 +354,12 @@ def has_bare_line_end(data: bytes) -> bool:
 def parse_field_lines(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
     """Return the names, in lower case, and the values."""
     if len(lines) > MAX_FIELDS:
-        raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields")
+        raise Refusal(431, "too many header fields")
     fields = []
     for line in lines:
         match = FIELD.fullmatch(line)
         if not match:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "malformed header field")
+            raise Refusal(400, "malformed header field")
         fields.append((match[1].lower(), match[2].rstrip(b" \t")))
     return fields
 
@@ -376,30 +367,30 @@ def parse_field_lines(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
 def parse_fields(block: bytes, http11: bool) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
     if len(block) > MAX_HEADER:
-        raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header too large")
+        raise Refusal(431, "header too large")
     values: dict[bytes, list[bytes]] = {}
     for name, value in parse_field_lines(block.split(b"\r\n") if block else []):
         values.setdefault(name, []).append(value)
 
     hosts = values.get(b"host", [])  # RFC 9112 3.2
     if len(hosts) != 1 and (http11 or hosts):
-        raise Refusal(HTTPStatus.BAD_REQUEST, "a request needs one Host field")
+        raise Refusal(400, "a request needs one Host field")
     if hosts and not HOST_VALUE.fullmatch(hosts[0]):
-        raise Refusal(HTTPStatus.BAD_REQUEST, "invalid Host")
+        raise Refusal(400, "invalid Host")
 
     lengths = set(values.get(b"content-length", []))  # RFC 9112 6.3
     codings = values.get(b"transfer-encoding", [])
     if codings and (lengths or not http11):
-        raise Refusal(HTTPStatus.BAD_REQUEST, "Transfer-Encoding not allowed here")
+        raise Refusal(400, "Transfer-Encoding not allowed here")
     if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
-        raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "only the chunked transfer coding")
+        raise Refusal(501, "only the chunked transfer coding")
     digits = lengths.pop() if lengths else b"0"
     # Not int() alone, which also takes "+1", "1_0" and " 1 ".
     if lengths or not digits.isdigit():
-        raise Refusal(HTTPStatus.BAD_REQUEST, "invalid Content-Length")
+        raise Refusal(400, "invalid Content-Length")
     digits = digits.lstrip(b"0")[:16] or b"0"  # int() would refuse 5,000 digits in its own way
     if int(digits) > MAX_VALUE:
-        raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "value too large")
+        raise Refusal(413, "value too large")
 
     options = b",".join(values.get(b"connection", [])).lower()  # RFC 9112 9.3
     connection = {option.strip(b" \t") for option in options.split(b",")}
@@ -407,7 +398,7 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
 
     expectations = {value.lower() for value in values.get(b"expect", [])}  # RFC 9110 10.1.1
     if expectations - {b"100-continue"}:
-        raise Refusal(HTTPStatus.EXPECTATION_FAILED, "only Expect: 100-continue")
+        raise Refusal(417, "only Expect: 100-continue")
     return Fields(int(digits), bool(codings), keep_alive, bool(expectations) and http11)
 
 
@@ -424,29 +415,30 @@ def http_date(second: int) -> bytes:
     return formatdate(second, usegmt=True).encode()
 
 
-STATUS = {status: f"{status.value} {status.phrase}".encode() for status in HTTPStatus}
+STATUS = {status.value: f"{status.value} {status.phrase}".encode() for status in HTTPStatus}
 
 
 # ---- Handler: one connection ----
 
-# How long a worker waits, in seconds. An idle connection costs a thread and some 30 KB, so it may
-# stay about as long as a person thinks between two requests.
+# How long a worker waits for a client, in seconds. An idle connection costs a thread and 30 KB, so
+# it may stay about as long as a person thinks between two requests.
 IDLE_SECONDS = 60.0
-# For a request's head, which is one packet; for the next piece of a body; for the client to take
-# the next piece of an answer. Whoever needs longer is gone, or holds the worker on purpose.
+# For the whole head of a request, which is one packet normally; for the next piece of a body; for
+# room for the next piece of an answer. Whoever needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
-# A body also has to keep up this pace on the whole, or one byte now and then would do. A large
-# upload over a poor line passes.
+# A body also keeps up this pace on the whole, which a poor line does, and one byte now and then
+# does not.
 BODY_BYTES_PER_SECOND = 1024
 # For what a client is still sending when it has been refused.
 LINGER_SECONDS = 5.0
-# For the request of a connection that was in the listen queue when the server shuts down.
+# For the request of a connection that comes out of the listen queue during the shutdown.
 QUEUED_SECONDS = 0.1
-# Room for any request that is not an upload; every idle connection has such a buffer waiting.
+# Enough for any request but an upload. Each idle connection has a buffer of this size waiting.
 RECEIVE_SIZE = 8192
-# Uploads in larger pieces, for fewer system calls.
+# For uploads, which take fewer system calls in larger pieces.
 RECEIVE_BODY_SIZE = 64 * 1024
 
+HEAD_END = b"\r\n\r\n"
 KV_METHODS = ("GET", "HEAD", "PUT", "DELETE")
 METHODS = {"/health": ("GET", "HEAD"), "/clear": ("DELETE",)}
 
@@ -454,20 +446,19 @@ METHODS = {"/health": ("GET", "HEAD"), "/clear": ("DELETE",)}
 class Handler(BaseHTTPRequestHandler):
     """Serves the requests of one connection, one after another.
 
-    The base class brings the frame: setup, handle, finish, and a do_ method for each HTTP method.
-    How it reads a request is too lenient for RFC 9112, and is replaced. `_buffer` has the bytes
-    that have been received and not been used: the next requests may already be among them.
+    The base class has the frame (setup, handle, finish, a do_ method for each HTTP method), but
+    reads requests more leniently than RFC 9112 allows. That part is replaced. `_buffer` has the
+    bytes received and not used yet, among which there may already be further requests.
     """
 
     server: Server
 
     def setup(self) -> None:
         self.connection: socket.socket = self.request
-        # Each answer is one write, and waiting to fill a packet would delay it by up to 40 ms.
+        # Each answer is one write. Waiting until it fills a packet would delay it by 40 ms.
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._limit(socket.SO_SNDTIMEO, STALL_SECONDS)
-        self._limit(socket.SO_RCVTIMEO, IDLE_SECONDS)
-        self._has_idle_limit = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(STALL_SECONDS))
+        self._receive_seconds = 0.0  # no limit set yet
         self._answered = False
         self._buffer = b""
 
@@ -475,43 +466,37 @@ class Handler(BaseHTTPRequestHandler):
         """There is nothing to flush."""
 
     def handle(self) -> None:
-        # The client has hung up or stalled for too long: nobody is left to be told.
+        # The client has hung up, or stalled for too long: nobody is left to be told.
         with contextlib.suppress(OSError):
             super().handle()
 
     def handle_one_request(self) -> None:
-        self.close_connection = True  # unless the request turns out to have an end
+        self.close_connection = True  # unless the end of the request is found
         if not self._buffer and not self._wait_for_request():
             return
         self.command = self.requestline = ""
         try:
             self.parse_request()
-            try:
-                self._route()
-            except Refusal:
-                # The body is taken all the same, and the connection can go on behind it. But who
-                # asked before sending one is told now, and might then send it or might not.
-                if not self._fields.expects_continue:
-                    self._read_body()
-                    self.close_connection = not self._fields.keep_alive
-                raise
-            self._value = self._read_body()
-            self.close_connection = not self._fields.keep_alive
+            refusal = self._route()
+            # Even a refused request has a body, behind which the next one starts. But a client that
+            # asks first is told at once, and the connection closed: it may send the body or not.
+            if not (refusal and self._fields.expects_continue):
+                self._value = self._read_body()
+                self.close_connection = not self._fields.keep_alive
+            if refusal:
+                raise refusal
             getattr(self, "do_" + self.command)()
         except Refusal as refusal:
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
             if self.close_connection:
                 self._linger()
         except Closed:
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, b"shutting down\n")
+            self._answer(503, b"shutting down\n")
 
     def parse_request(self) -> bool:
         """Read a request's head: sets command, path, request_version and `_fields`."""
-        head, end, rest = self._buffer.partition(b"\r\n\r\n")
-        if end:
-            self._buffer = rest
-        else:
-            head = self._read_rest_of_head()
+        self._deadline = time.monotonic() + STALL_SECONDS
+        head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER)
         line, _, block = head.partition(b"\r\n")
         if not line:  # RFC 9112 2.2: some clients send an empty line behind a body
             line, _, block = block.partition(b"\r\n")
@@ -522,198 +507,191 @@ class Handler(BaseHTTPRequestHandler):
         self._fields = parse(block, http11)
         return True
 
-    def _route(self) -> None:
-        """Check that there is such a path with such a method; under /kv/, set `_key`."""
+    def _route(self) -> Refusal | None:
+        """Say whether this path exists and has this method; under /kv/, set `_key`."""
         is_kv = self.path.startswith("/kv/")
         methods = KV_METHODS if is_kv else METHODS.get(self.path, ())
         if not methods:
-            raise Refusal(HTTPStatus.NOT_FOUND, "not found")
+            return Refusal(404, "not found")
         if self.command not in methods:
-            allow = f"Allow: {', '.join(methods)}\r\n"
-            raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed", allow)
+            allow = f"Allow: {', '.join(methods)}\r\n".encode()
+            return Refusal(405, "method not allowed", allow)
         if is_kv:
             self._key = self.path[4:]
             if "%" in self._key:
                 # Latin-1 has a character for every byte, and a key takes only the ASCII ones.
                 self._key = unquote_to_bytes(self._key).decode("latin-1")
             if not self._key:
-                raise Refusal(HTTPStatus.BAD_REQUEST, "key cannot be empty")
+                return Refusal(400, "key cannot be empty")
             if not KEY.fullmatch(self._key):
-                raise Refusal(HTTPStatus.BAD_REQUEST, "key contains invalid characters")
+                return Refusal(400, "key contains invalid characters")
+        return None
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self._answer(HTTPStatus.OK, b"ok\n")
+            self._answer(200, b"ok\n")
         elif (value := self.server.store.get(self._key)) is None:
-            self._answer(HTTPStatus.NOT_FOUND, b"key not found\n")
+            self._answer(404, b"key not found\n")
         else:
-            self._answer(HTTPStatus.OK, value.encode())
+            self._answer(200, value.encode())
 
     do_HEAD = do_GET  # _answer leaves the body out
 
     def do_PUT(self) -> None:
         if not self._value:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "value cannot be empty")
+            raise Refusal(400, "value cannot be empty")
         try:
             value = self._value.decode()
         except UnicodeDecodeError:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "value must be UTF-8 text") from None
+            raise Refusal(400, "value must be UTF-8 text") from None
         self.server.store.put(self._key, value)
-        self._answer(HTTPStatus.OK)
+        self._answer(200)
 
     def do_DELETE(self) -> None:
         if self.path == "/clear":
             self.server.store.clear()
         else:
             self.server.store.delete(self._key)
-        self._answer(HTTPStatus.OK)
+        self._answer(200)
 
-    def _answer(self, status: HTTPStatus, body: bytes = b"", field: str = "") -> None:
+    def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
         if self.server.draining or self.server.crowded:
-            # Not with further requests in the buffer: they are in flight already.
+            # But what is in the buffer already is in flight, and answered first.
             self.close_connection = self.close_connection or not self._buffer
         if self.close_connection:
-            field += "Connection: close\r\n"
+            field += b"Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
-            field += "Connection: keep-alive\r\n"
-        head = b"HTTP/1.1 %b\r\nDate: %b\r\nContent-Type: text/plain; charset=utf-8\r\n%b" % (
-            STATUS[status],
-            http_date(int(time.time())),
-            field.encode(),
+            field += b"Connection: keep-alive\r\n"
+        self.connection.sendall(
+            b"HTTP/1.1 %b\r\nDate: %b\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            b"%bContent-Length: %d\r\n\r\n%b"
+            % (
+                STATUS[status],
+                http_date(int(time.time())),
+                field,
+                len(body),
+                b"" if self.command == "HEAD" else body,
+            )
         )
-        head += b"Content-Length: %d\r\n\r\n" % len(body)
-        self.connection.sendall(head if self.command == "HEAD" else head + body)
         self._answered = True
         if self.server.verbose:
-            self.log_request(status.value, len(body))
+            self.log_request(status, len(body))
 
     def log_request(self, code: object = "-", size: object = "-") -> None:
-        # The line's representation, because a client could have put escape sequences into it.
+        # As a representation, because a client can put anything into it; and not of any length.
         log(f"{self.client_address[0]} {self.requestline!r:.1000} {code} {size}")
 
-    # -- Receiving: waiting for a client, but never for good --
+    # -- Receiving: to wait for a client, but never for good --
 
     def _wait_for_request(self) -> bool:
         """Wait in idleness; return False if the connection ends like that."""
-        if not self._has_idle_limit:
-            self._limit(socket.SO_RCVTIMEO, IDLE_SECONDS)
-            self._has_idle_limit = True
-        # Registered first, then looked whether the server is draining. It does the reverse: sets
-        # `draining`, then closes what is registered. So one of the two notices the other.
-        self.server.idle[self.connection] = self._answered
-        if self.server.draining:
-            self._limit(socket.SO_RCVTIMEO, QUEUED_SECONDS)
+        server = self.server
+        # First registered, then looked whether the server is draining. The server does it the other
+        # way round, so at least one of the two notices the other.
+        server.idle[self.connection] = self._answered
         try:
-            self._buffer = self.connection.recv(RECEIVE_SIZE)
+            seconds = QUEUED_SECONDS if server.draining else IDLE_SECONDS
+            self._buffer = self._receive(RECEIVE_SIZE, seconds)
         finally:
-            del self.server.idle[self.connection]
+            del server.idle[self.connection]
         return bool(self._buffer)
 
-    def _read_rest_of_head(self) -> bytes:
-        self._deadline = time.monotonic() + STALL_SECONDS
-        while b"\r\n\r\n" not in self._buffer:
-            if has_bare_line_end(self._buffer):  # the end would never come
-                raise Refusal(HTTPStatus.BAD_REQUEST, "bare CR or LF")
-            if len(self._buffer) > MAX_LINE and b"\r\n" not in self._buffer[2:]:
-                raise Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "request line too long")
-            if len(self._buffer) > MAX_LINE + MAX_HEADER:
-                raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "header too large")
-            self._buffer += self._receive(RECEIVE_SIZE)
-        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
-        return head
-
     def _read_body(self) -> bytes:
-        """Read the request's body: RFC 9112 6.3. This is the one place that says where it ends."""
-        fields = self._fields
-        if not (fields.length or fields.chunked):
+        """Read the request's body. This is the one place that says where it ends: RFC 9112 6.3."""
+        length, chunked, _, expects_continue = self._fields
+        if not (length or chunked):
             return b""
-        if fields.expects_continue and not self._buffer:
+        if expects_continue and not self._buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._deadline = time.monotonic() + STALL_SECONDS
-        return self._read_chunks() if fields.chunked else self._read(fields.length)
+        return self._read_chunks() if chunked else self._read(length)
 
     def _read_chunks(self) -> bytes:
-        """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are checked only."""
-        chunks = []
+        """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
+        chunks: list[bytes] = []
         total = 0
         while True:
-            match = CHUNK.fullmatch(self._read_line())
+            match = CHUNK.fullmatch(self._read_through(b"\r\n", MAX_LINE))
             if not match:
-                raise Refusal(HTTPStatus.BAD_REQUEST, "malformed chunk")
+                raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
             if size == 0:
                 break
             total += size
             if total > MAX_VALUE:
-                raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "value too large")
+                raise Refusal(413, "value too large")
             chunks.append(self._read(size))
             if self._read(2) != b"\r\n":
-                raise Refusal(HTTPStatus.BAD_REQUEST, "malformed chunk")
-        trailer = []
-        while line := self._read_line():
+                raise Refusal(400, "malformed chunk")
+        trailer: list[bytes] = []
+        while line := self._read_through(b"\r\n", MAX_LINE):
             trailer.append(line)
             parse_field_lines(trailer)  # each time, so that there are never too many
         return b"".join(chunks)
 
-    def _read_line(self) -> bytes:
-        while b"\r\n" not in self._buffer and len(self._buffer) <= MAX_LINE:
-            if has_bare_line_end(self._buffer):
-                raise Refusal(HTTPStatus.BAD_REQUEST, "bare CR or LF")
-            self._buffer += self._receive(RECEIVE_SIZE)
-        line, _, self._buffer = self._buffer.partition(b"\r\n")
-        if len(line) > MAX_LINE:
-            raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "line too long")
-        return line
+    def _read_through(self, end: bytes, limit: int) -> bytes:
+        """Take the input up to and with `end` out of the buffer; return it without `end`."""
+        while end not in self._buffer:
+            if has_bare_line_end(self._buffer):  # `end` would never come
+                raise Refusal(400, "bare CR or LF")
+            if len(self._buffer) > limit:
+                is_request_line = end == HEAD_END and b"\r\n" not in self._buffer
+                raise Refusal(414 if is_request_line else 431, "line or header too long")
+            self._buffer += self._receive_in_time(RECEIVE_SIZE)
+        text, _, self._buffer = self._buffer.partition(end)
+        return text
 
     def _read(self, size: int) -> bytes:
-        data, self._buffer = self._buffer[:size], self._buffer[size:]
-        if len(data) == size:
-            return data
-        pieces = [data]
-        missing = size - len(data)
+        """Take `size` bytes of a body out of the input."""
+        pieces = [self._buffer[:size]]
+        self._buffer = self._buffer[size:]
+        missing = size - len(pieces[0])
         while missing:
-            # Collected and joined once: adding each to a growing whole copies it every time.
-            pieces.append(self._receive(min(missing, RECEIVE_BODY_SIZE)))
+            # Joined once at the end: adding each to the others would copy all of them each time.
+            pieces.append(self._receive_in_time(min(missing, RECEIVE_BODY_SIZE)))
             missing -= len(pieces[-1])
             self._deadline += len(pieces[-1]) / BODY_BYTES_PER_SECOND
         return b"".join(pieces)
 
-    def _receive(self, size: int) -> bytes:
-        """Return 1 to `size` further bytes of a request; wait until the deadline at most."""
+    def _receive_in_time(self, size: int) -> bytes:
+        """Return up to `size` bytes of an unfinished request, at least one, before the deadline."""
         seconds = min(self._deadline - time.monotonic(), STALL_SECONDS)
-        if seconds > 0:
-            self._limit(socket.SO_RCVTIMEO, seconds)
-            self._has_idle_limit = False
-            with contextlib.suppress(BlockingIOError):
-                data = self.connection.recv(size)
-                if not data:
-                    raise ConnectionAbortedError("the request breaks off")
-                return data
-        raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "request took too long")
+        try:
+            data = self._receive(size, max(seconds, 0.001))
+        except BlockingIOError:
+            raise Refusal(408, "request took too long") from None
+        if not data:
+            raise ConnectionAbortedError("the request breaks off")
+        return data
 
-    def _limit(self, option: int, seconds: float) -> None:
-        """Have the kernel end a receive or send after `seconds`, with a BlockingIOError.
+    def _receive(self, size: int, seconds: float) -> bytes:
+        """Return up to `size` bytes, none at the end of the input.
 
-        Python's own settimeout() would have it poll before each receive: one more system call,
-        and one more time to give up the interpreter lock and queue for it again.
+        The kernel limits the time, and the call ends with BlockingIOError. settimeout() would poll
+        first: one more system call, and one more queueing for the interpreter lock.
         """
-        # 0 would mean no limit, so a microsecond at least.
-        timeval = struct.pack("ll", *divmod(max(1, int(seconds * 1_000_000)), 1_000_000))
-        self.connection.setsockopt(socket.SOL_SOCKET, option, timeval)
+        if seconds != self._receive_seconds:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
+            self._receive_seconds = seconds
+        return self.connection.recv(size)
 
     def _linger(self) -> None:
         """Let a client that is still sending read its answer before the connection is closed.
 
-        RFC 9112 9.6: closing with unread input makes the kernel send a reset, which may overtake
-        the answer. So only our direction is closed, and the input thrown away for a while.
+        RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
+        only our direction is closed, and what comes is thrown away for a while.
         """
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_SECONDS
         while (seconds := deadline - time.monotonic()) > 0:
-            self._limit(socket.SO_RCVTIMEO, seconds)
-            if not self.connection.recv(RECEIVE_BODY_SIZE):
+            if not self._receive(RECEIVE_BODY_SIZE, seconds):
                 break
+
+
+def timeval(seconds: float) -> bytes:
+    """Seconds as the C structure that socket options take. 0 would mean no limit at all."""
+    return struct.pack("ll", *divmod(max(1, int(seconds * 1_000_000)), 1_000_000))
 
 
 # ---- Server: the listener and the worker threads ----
@@ -893,9 +871,8 @@ SHUTDOWN_SECONDS = 15.0
 # Of these, what stays for the last save, besides twice what the one before has taken: the time
 # for a hiccup of the disk, and for trying again when it is full.
 SAVE_SECONDS = 3.0
-# When to look again: whether something is to be saved meanwhile, whether a failed save works now.
+# When to look again: whether all is answered, whether there is a second signal or room on the disk.
 STEP_SECONDS = 1.0
-RETRY_SECONDS = 0.25
 
 
 def log(message: str) -> None:
@@ -990,8 +967,8 @@ def dump(working_directory: str) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     directory = os.open(working_directory, os.O_RDONLY | os.O_DIRECTORY)
-    os.stat(SNAPSHOT, dir_fd=directory)  # load() takes a missing one for an empty store
-    for key, value in load(directory).items():
+    os.stat(SNAPSHOT, dir_fd=directory)  # load_snapshot() takes a missing one for an empty store
+    for key, value in load_snapshot(directory).items():
         line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
         sys.stdout.buffer.write(line.encode() + b"\n")
     sys.stdout.flush()
@@ -1013,7 +990,7 @@ def shut_down(
         nonlocal took
         start = time.monotonic()
         try:
-            saved = store.save(lambda pairs: save(pairs, directory))
+            saved = store.save(lambda pairs: save_snapshot(directory, pairs))
         except OSError as error:
             log(f"cannot save: {error.strerror}")
             return False
@@ -1058,7 +1035,7 @@ def main() -> int:
         max_connections = raise_descriptor_limit()
         server = Server(arguments.host, arguments.port, max_connections, arguments.verbose)
         doing = f"cannot load {snapshot}"
-        store = Store(load(directory))
+        store = Store(load_snapshot(directory))
         doing = f"cannot listen on {arguments.host} port {arguments.port}"
         server.start(store)
     except (OSError, SnapshotError, UnicodeError) as error:
