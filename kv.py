@@ -16,13 +16,17 @@ snapshot in the working directory, from which the next start reads them back:
 
     0 s    The signal. The listen queue is served to its end and closed, idle connections are
            closed, requests in flight go on.
-    1 s    Is a request still in flight, what has been acknowledged so far is saved now.
-    12 s   The patience with stalled clients ends, earlier if a save takes long. From here on a
-           write is answered 503, because the last snapshot is being written.
-    15 s   The latest exit, because supervisors send SIGKILL now. Exit code 0 means saved.
+    1 s    If a request is still in flight, what has been acknowledged so far is saved now, and
+           again each second.
+    12 s   The patience with stalled clients ends, earlier if saving takes long. From here on a
+           write is answered 503, because the last snapshot is being written. If that fails, it
+           is tried again.
+    15 s   The latest exit, because then supervisors, such as the test harness of lsfr.io, send
+           SIGKILL. Exit code 0 means saved.
 
-Normally nobody stalls, and all of it takes milliseconds. A crash, unlike a shutdown, loses what
-was written since the last snapshot: there is no write-ahead log here.
+Normally nobody stalls, and all of it takes milliseconds. A second signal ends the waiting: save
+once, now. A crash, unlike a shutdown, loses what was written since the last snapshot: there is no
+write-ahead log here.
 
 The file reads from the inside out, and each part knows nothing of those behind it: snapshot,
 store, request syntax, one connection, the server, the process.
@@ -101,7 +105,8 @@ def create_temporary(directory: int) -> int:
 def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
     """Replace the snapshot in `directory` (an open descriptor), whole or not at all.
 
-    An OSError (disk full, file too large, directory gone, ...) leaves the old snapshot in place.
+    Raises OSError (disk full, file too large, directory gone, ...). The old snapshot is then still
+    in place, or, if only the last step failed, the whole new one.
     """
     try:
         with open(create_temporary(directory), "wb") as file:
@@ -160,14 +165,17 @@ def load_snapshot(directory: int) -> dict[str, str]:
 
 
 class StringsOnly(pickle.Unpickler):
-    """An unpickler that gives a pickle no function or class to call."""
+    """An unpickler that gives a pickle no function or class to call.
+
+    `check_opcodes` lets no pickle through that asks for one; this is in case it has a hole.
+    """
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"asks for {module}.{name}")
 
 
 def check_opcodes(data: mmap.mmap, end: int) -> None:
-    """Raise SnapshotError unless the pickle data[:end] builds one dict of strings, nothing else.
+    """Raise SnapshotError unless the pickle data[:end] makes do with a dict and strings.
 
     The checksum proves that the file is whole, not who made it, and without functions a pickle can
     still crash the interpreter (a tuple nested a million deep as a key) or use up all memory (a
@@ -176,6 +184,7 @@ def check_opcodes(data: mmap.mmap, end: int) -> None:
     short_string, string = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
     frame, stop = pickle.FRAME[0], pickle.STOP[0]
     single_bytes = (pickle.MARK[0], pickle.SETITEM[0], pickle.SETITEMS[0])
+    # Protocol 4, the length of the first frame unless it is tiny, and an empty dict.
     start = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL).match(data)
     if not start:
         raise SnapshotError("not a dict")
@@ -222,7 +231,7 @@ class Store:
             return self._pairs.get(key)
 
     def put(self, key: str, value: str) -> None:
-        """Raises Closed, like the other two writes."""
+        """Raises Closed, like `delete` and `clear`."""
         with self._lock:
             self._begin_write()
             self._pairs[key] = value
@@ -274,7 +283,7 @@ class Store:
 # become the start of another client's request. So what the RFCs do not allow is refused, and
 # nothing is guessed or repaired.
 
-# The largest value, in bytes. A request that is being received holds up to twice this in memory.
+# The largest value, in bytes. While it is received, up to three times as much memory is in use.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line, or a chunk's size with extensions, or a trailer field, in bytes. RFC 9112 3 asks
 # for room for 8,000 at least. More would be memory that each unfinished request can hold.
@@ -346,9 +355,10 @@ def parse_request_line(line: bytes) -> tuple[str, str, bool]:
 
 
 def has_bare_line_end(data: bytes) -> bool:
-    """Whether there is a CR or LF without the other: RFC 9112 2.2. Data may end after a CR."""
+    """Whether there is a CR or LF without the other: RFC 9112 2.2."""
     pairs = data.count(b"\r\n")
-    return data.count(b"\n") > pairs or data.count(b"\r") - data.endswith(b"\r") > pairs
+    # The LF that belongs to a CR at the end may be still to come.
+    return data.count(b"\n") > pairs or data[:-1].count(b"\r") > pairs
 
 
 def parse_field_lines(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
@@ -446,7 +456,7 @@ METHODS = {"/health": ("GET", "HEAD"), "/clear": ("DELETE",)}
 class Handler(BaseHTTPRequestHandler):
     """Serves the requests of one connection, one after another.
 
-    The base class has the frame (setup, handle, finish, a do_ method for each HTTP method), but
+    The base class has the skeleton (setup, handle, finish, a do_ method for each HTTP method), but
     reads requests more leniently than RFC 9112 allows. That part is replaced. `_buffer` has the
     bytes received and not used yet, among which there may already be further requests.
     """
@@ -463,7 +473,7 @@ class Handler(BaseHTTPRequestHandler):
         self._buffer = b""
 
     def finish(self) -> None:
-        """There is nothing to flush."""
+        """Flush nothing: the base class would, but the files it has for that are not made here."""
 
     def handle(self) -> None:
         # The client has hung up, or stalled for too long: nobody is left to be told.
@@ -494,7 +504,10 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(503, b"shutting down\n")
 
     def parse_request(self) -> bool:
-        """Read a request's head: sets command, path, request_version and `_fields`."""
+        """Read a request's head: sets command, path, request_version and `_fields`.
+
+        True, as the base class has it; a request that is not to be served raises Refusal.
+        """
         self._deadline = time.monotonic() + STALL_SECONDS
         head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER)
         line, _, block = head.partition(b"\r\n")
@@ -587,8 +600,8 @@ class Handler(BaseHTTPRequestHandler):
     def _wait_for_request(self) -> bool:
         """Wait in idleness; return False if the connection ends like that."""
         server = self.server
-        # First registered, then looked whether the server is draining. The server does it the other
-        # way round, so at least one of the two notices the other.
+        # First registered, then looked whether the server is draining. Its drain() first says so
+        # and then looks who is registered, so at least one of the two notices the other.
         server.idle[self.connection] = self._answered
         try:
             seconds = QUEUED_SECONDS if server.draining else IDLE_SECONDS
@@ -644,21 +657,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read(self, size: int) -> bytes:
         """Take `size` bytes of a body out of the input."""
-        pieces = [self._buffer[:size]]
-        self._buffer = self._buffer[size:]
-        missing = size - len(pieces[0])
-        while missing:
-            # Joined once at the end: adding each to the others would copy all of them each time.
-            pieces.append(self._receive_in_time(min(missing, RECEIVE_BODY_SIZE)))
-            missing -= len(pieces[-1])
-            self._deadline += len(pieces[-1]) / BODY_BYTES_PER_SECOND
-        return b"".join(pieces)
+        # Joined once at the end: adding each piece to the others would copy all of them each time.
+        pieces = []
+        piece, self._buffer = self._buffer[:size], self._buffer[size:]
+        while True:
+            pieces.append(piece)
+            size -= len(piece)
+            self._deadline += len(piece) / BODY_BYTES_PER_SECOND
+            if not size:
+                return b"".join(pieces)
+            piece = self._receive_in_time(min(size, RECEIVE_BODY_SIZE))
 
     def _receive_in_time(self, size: int) -> bytes:
         """Return up to `size` bytes of an unfinished request, at least one, before the deadline."""
         seconds = min(self._deadline - time.monotonic(), STALL_SECONDS)
         try:
-            data = self._receive(size, max(seconds, 0.001))
+            data = self._receive(size, seconds)
         except BlockingIOError:
             raise Refusal(408, "request took too long") from None
         if not data:
@@ -690,7 +704,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def timeval(seconds: float) -> bytes:
-    """Seconds as the C structure that socket options take. 0 would mean no limit at all."""
+    """Seconds as the C structure that socket options take; at least 1 us, as 0 means no limit."""
     return struct.pack("ll", *divmod(max(1, int(seconds * 1_000_000)), 1_000_000))
 
 
@@ -717,8 +731,7 @@ class Server(ThreadingHTTPServer):
     then closed, the one that has been idle for longest first.
 
     The base class's serve_forever, handle_request and shutdown do the accepting and call these
-    hooks: server_bind, get_request, handle_timeout, process_request, shutdown_request,
-    handle_error.
+    hooks: server_bind, get_request, process_request, shutdown_request, handle_error.
     """
 
     # With the default of 5, a burst of clients is left to the retries of their kernels: 1 s, 3 s,
@@ -732,7 +745,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler, bind_and_activate=False)
         self.verbose = verbose
         self.draining = False  # no further connections, and each is closed when it falls idle
-        self.crowded = False  # a connection is waiting for another one to end
+        self.crowded = False  # when last looked, there was no room for one more connection
         # The connections waiting for a request, by time; True if it is not their first one.
         self.idle: dict[socket.socket, bool] = {}
         self._max_connections = max_connections
@@ -740,13 +753,9 @@ class Server(ThreadingHTTPServer):
         # One for each connection, and some spare ones that wait for the next.
         self._workers: set[threading.Thread] = set()
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # Guards the two before the queue and every close of a connection; notified of the latter.
-        self._closed = threading.Condition()
-        try:
-            self.server_bind()
-        except BaseException:
-            self.server_close()
-            raise
+        # Guards `_connections`, `_workers` and each close of a connection, and tells of the latter.
+        self._lock = threading.Condition()
+        self.server_bind()
 
     def server_bind(self) -> None:
         # Not the one of HTTPServer: it asks the name service for the name of this host.
@@ -765,12 +774,15 @@ class Server(ThreadingHTTPServer):
     def start(self, store: Store) -> None:
         """Listen, and accept connections in a thread of its own."""
         self.store = store
+        # Where a client that has given up is taken out of the queue (BSD, macOS), accept() would
+        # otherwise wait for the next one, and keep a shutdown waiting, too.
+        self.socket.settimeout(POLL_SECONDS)
         self.server_activate()
         self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
         self._acceptor.start()
 
     def drain(self) -> None:
-        """Stop accepting, close idle connections, let go on what is in flight; do not wait."""
+        """Stop accepting, close idle connections; do not wait for what is in flight."""
         self.draining = True
         self._hang_up(self.idle.copy())
         self.shutdown()
@@ -789,38 +801,36 @@ class Server(ThreadingHTTPServer):
     # -- The thread that accepts --
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
-        super().serve_forever(poll_interval)  # until drain()
-        self.timeout = 0
-        self._queue_is_empty = False
-        while not self._queue_is_empty:
+        """Accept until `drain`, and then those who are in the listen queue already."""
+        super().serve_forever(poll_interval)
+        self.socket.listen(0)  # room for no more, or a busy server would never see the end
+        while select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
         self.server_close()
         for _ in self._workers.copy():
-            self._jobs.put(None)
-
-    def handle_timeout(self) -> None:
-        self._queue_is_empty = True
+            self._jobs.put(None)  # the end for one worker
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        with self._closed:
+        with self._lock:
             self.crowded = self._connections >= self._max_connections
             if self.crowded:
+                # Not one whose first request is still to come: it has only just got its place.
                 idle = [each for each, answered in self.idle.copy().items() if answered]
                 self._hang_up(idle[:1])
-                self._closed.wait(POLL_SECONDS)
-                raise TimeoutError  # back to the loop, which looks for the shutdown, too
+                self._lock.wait(POLL_SECONDS)
+                raise TimeoutError  # as if there were none: serve_forever looks for its end first
         try:
             request = super().get_request()
         except OSError:
             # Out of descriptors, for instance, with the listener still ready: do not spin.
             time.sleep(POLL_SECONDS)
             raise
-        with self._closed:
+        with self._lock:
             self._connections += 1
         return request
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._closed:
+        with self._lock:
             if len(self._workers) < self._connections:
                 worker = threading.Thread(target=self._work, daemon=True)
                 worker.start()
@@ -830,12 +840,14 @@ class Server(ThreadingHTTPServer):
     def _hang_up(self, connections: Iterable[socket.socket]) -> None:
         """End what idle connections wait for: their workers receive the end of the input.
 
-        What a client has sent by now is still read and answered.
+        A request that has arrived as a whole is still read and answered. One of which the first
+        piece arrives in this very moment is cut off, without an answer.
         """
         for connection in connections:
-            # With the lock, nobody closes the connection meanwhile and its descriptor cannot
-            # belong to a new one. An OSError means that this has happened already.
-            with self._closed, contextlib.suppress(OSError):
+            # With the lock (which its holder may take again), nobody closes the connection while
+            # its descriptor is in use here, so that it cannot belong to a new one by then. An
+            # OSError means that it has been closed already.
+            with self._lock, contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
 
     # -- The worker threads --
@@ -846,7 +858,7 @@ class Server(ThreadingHTTPServer):
             job = self._jobs.get()
             if job:
                 self.process_request_thread(*job)
-            with self._closed:
+            with self._lock:
                 wanted = self._connections + MAX_SPARE_WORKERS
                 needed = job is not None and len(self._workers) <= wanted
                 if not needed:
@@ -854,10 +866,10 @@ class Server(ThreadingHTTPServer):
                     self._workers.remove(threading.current_thread())
 
     def shutdown_request(self, request: Any) -> None:
-        with self._closed:
+        with self._lock:
             request.close()
             self._connections -= 1
-            self._closed.notify()
+            self._lock.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a mistake in this program, or no memory, and keep serving the others."""
@@ -868,22 +880,30 @@ class Server(ThreadingHTTPServer):
 
 # From the signal to the exit, in seconds: then supervisors, among them the lsfr harness, kill.
 SHUTDOWN_SECONDS = 15.0
-# Of these, what stays for the last save, besides twice what the one before has taken: the time
-# for a hiccup of the disk, and for trying again when it is full.
+# Of these, what stays for the last save, besides twice as long as an earlier one has taken: for a
+# hiccup of the disk, and for trying again when it is full.
 SAVE_SECONDS = 3.0
 # When to look again: whether all is answered, whether there is a second signal or room on the disk.
 STEP_SECONDS = 1.0
 
 
+LOG_LOCK = threading.Lock()
+
+
 def log(message: str) -> None:
     """Write a line to stderr, in one piece, or drop it.
 
-    Nobody reading our stderr, be it closed or a pipe that is full, must not keep us from saving.
+    If nobody reads our stderr, be it closed or a pipe that is full, we have to save all the same.
     """
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            if select.select([], [sys.stderr], [], 0)[1]:
-                os.write(sys.stderr.fileno(), f"kv.py: {message}\n".encode())
+    line = f"kv.py: {message}\n".encode(errors="backslashreplace")
+    # With the lock, no other thread uses up the room between the look and the write.
+    with LOG_LOCK, contextlib.suppress(OSError):
+        if sys.stderr is not None and select.select([], [sys.stderr], [], 0)[1]:
+            os.write(sys.stderr.fileno(), line)
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -979,31 +999,31 @@ def shut_down(
 ) -> int:
     """End what is in flight, save everything that has been acknowledged, return the exit code."""
     begin = time.monotonic()
-    took = 0.0  # the latest save
+    longest = 0.0  # of the saves
 
     def time_is_left(reserve: float) -> bool:
-        # A second signal, which stays pending because nobody takes it, means: do not wait.
+        # A second signal, which stays pending as nobody takes it, means: no more waiting.
         hurry = signal.sigpending() & stop_signals
-        return not hurry and time.monotonic() - begin + reserve + 2 * took < SHUTDOWN_SECONDS
+        return not hurry and time.monotonic() - begin + reserve + 2 * longest < SHUTDOWN_SECONDS
 
     def try_to_save() -> bool:
-        nonlocal took
+        nonlocal longest
         start = time.monotonic()
         try:
             saved = store.save(lambda pairs: save_snapshot(directory, pairs))
-        except OSError as error:
-            log(f"cannot save: {error.strerror}")
+        except (OSError, MemoryError) as error:
+            log(f"cannot save: {reason(error)}")
             return False
         finally:
-            took = time.monotonic() - start
+            longest = max(longest, time.monotonic() - start)
         if saved:
-            log(f"saved {len(store)} pairs in {took:.2f} s")
+            log(f"saved {len(store)} pairs in {time.monotonic() - start:.2f} s")
         return True
 
     log(f"draining: {server.in_flight} requests in flight, {len(server.idle)} idle connections")
     server.drain()
     while not server.join(time.monotonic() + STEP_SECONDS) and time_is_left(SAVE_SECONDS):
-        try_to_save()  # early, in case that those who are in flight take longer than we have
+        try_to_save()  # early, in case that those in flight take longer than we have
     log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
     store.close()
     while not try_to_save():
@@ -1031,6 +1051,7 @@ def main() -> int:
         stay_on_one_core()
         doing = f"cannot use the working directory {arguments.working_dir}"
         directory = open_working_directory(arguments.working_dir)
+        # The address now, so that a load that takes long is not in vain; clients after it.
         doing = f"cannot listen on {arguments.host} port {arguments.port}"
         max_connections = raise_descriptor_limit()
         server = Server(arguments.host, arguments.port, max_connections, arguments.verbose)
@@ -1039,7 +1060,7 @@ def main() -> int:
         doing = f"cannot listen on {arguments.host} port {arguments.port}"
         server.start(store)
     except (OSError, SnapshotError, UnicodeError) as error:
-        log(f"{doing}: {getattr(error, 'strerror', None) or error}")
+        log(f"{doing}: {reason(error)}")
         return 1
     log(f"{len(store)} pairs in {snapshot}, listening on {server.url}")
     log(signal.Signals(signal.sigwait(stop_signals)).name)

@@ -313,8 +313,9 @@ def load_server(server: Server, requests: int, connections: int) -> None:
             )
             for _ in numbers:
                 assert client.receive().status == 200
-    for _ in range(connections):
-        assert server.request("GET", "/kv/1").status == 200
+    for number in range(connections):
+        answer = server.request("GET", "/kv/1", None, f"X-Large: {number:020000}")
+        assert answer.status == 200
 
 
 def allow_descriptors(number: int) -> None:
@@ -1287,6 +1288,35 @@ class ServerTest(KVTest):
         self.assertEqual(server.stop(), 0)
         self.assertNotRegex(server.log, "(?i)error|traceback")
 
+    def test_answers_to_pipelined_requests_do_not_wait_for_each_other(self) -> None:
+        """Without TCP_NODELAY the second of two waits for the client to acknowledge the first."""
+        client = self.client(self.start())
+        begin = time.monotonic()
+        for _ in range(500):
+            client.send(request("GET", "/health") * 2)
+            client.receive()
+            client.receive()
+        self.assertLess(time.monotonic() - begin, 500 * 0.04 / 2)
+
+    @on_linux
+    def test_out_of_memory_is_reported_and_the_others_are_served(self) -> None:
+        server = self.start()
+        server.request("PUT", "/kv/a", b"1")
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        used = int(re.findall(r"VmSize:\s*(\d+) kB", status)[0]) * 1024
+        infinite = resource.RLIM_INFINITY
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (used + 5_000_000, infinite))
+        with self.assertRaises(OSError):  # the connection is closed
+            for number in range(50):
+                server.request("PUT", f"/kv/large{number}", b"x" * 10_000_000)
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
+        self.assertEqual(server.get("a"), "1")
+        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\)\n$")
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
+    def test_stays_on_one_core(self) -> None:
+        self.assertEqual(len(os.sched_getaffinity(self.start().process.pid)), 1)
+
     def test_slow_readers_get_the_whole_value(self) -> None:
         server = self.start()
         value = b"0123456789" * 1_000_000
@@ -1301,30 +1331,28 @@ class ServerTest(KVTest):
 # ---- Process: the shutdown ----
 
 
-def failing_fsync() -> None:
-    """For preexec_fn: have the kernel answer this process's fsync with EIO (seccomp, x86-64)."""
+def failing_fsync(descriptor: int | None = None) -> None:
+    """For preexec_fn: have the kernel answer this process's fsync, of any descriptor or of one,
+    with EIO. That is a program for seccomp, which here knows the numbers of x86-64 only."""
     load, jump_if_equal, give = 0x20, 0x15, 0x06
-    x86_64, fsync, errno, allow = 0xC000003E, 74, 0x00050000, 0x7FFF0000
-    program = b"".join(
-        struct.pack("HBBI", *instruction)
-        for instruction in [
-            (load, 0, 0, 4),  # the architecture
-            (jump_if_equal, 0, 3, x86_64),
-            (load, 0, 0, 0),  # the system call
-            (jump_if_equal, 0, 1, fsync),
-            (give, 0, 0, errno | errno_of_a_broken_disk),
-            (give, 0, 0, allow),
-        ]
-    )
+    x86_64, fsync, allow, error = 0xC000003E, 74, 0x7FFF0000, 0x00050000 | errno.EIO
+    instructions = [
+        (load, 0, 0, 4),  # the architecture
+        (jump_if_equal, 0, 5, x86_64),
+        (load, 0, 0, 0),  # the system call
+        (jump_if_equal, 0, 3, fsync),
+        (load, 0, 0, 16),  # its first argument
+        (jump_if_equal, 0, 1, descriptor) if descriptor else (jump_if_equal, 0, 0, 0),
+        (give, 0, 0, error),
+        (give, 0, 0, allow),
+    ]
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
     buffer = ctypes.create_string_buffer(program)
-    header = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
+    header = struct.pack("HP", len(instructions), ctypes.addressof(buffer))
     no_new_privileges, set_seccomp, filter_mode = 38, 22, 2
     libc = ctypes.CDLL(None)
     libc.prctl(no_new_privileges, 1, 0, 0, 0)
     assert libc.prctl(set_seccomp, filter_mode, header, 0, 0) == 0
-
-
-errno_of_a_broken_disk = errno.EIO
 
 
 class ShutdownTest(KVTest):
@@ -1500,6 +1528,18 @@ class FailingSaveTest(KVTest):
     def test_fsync_error(self) -> None:
         server = self.start_with_changes(preexec_fn=failing_fsync)
         self.check_fails(server, "Input/output error")
+
+    @unittest.skipUnless(os.uname().machine == "x86_64" and sys.platform == "linux", "seccomp")
+    def test_fsync_error_of_the_directory(self) -> None:
+        """Then nobody knows whether the new snapshot or the old one survives a power failure."""
+        directory = 3  # the first descriptor that the server opens
+        server = self.start_with_changes(preexec_fn=functools.partial(failing_fsync, directory))
+        self.assertEqual(os.readlink(f"/proc/{server.process.pid}/fd/3"), str(self.directory))
+        server.send_signal()
+        server.wait_for_log("cannot save: Input/output error")
+        server.send_signal()
+        self.assertEqual(server.exit_code(), 1)
+        self.assertEqual(set(self.read_snapshot()), {"old", "large"})
 
     @on_linux
     def test_no_permission(self) -> None:
@@ -1923,6 +1963,17 @@ def soak(minutes: float) -> int:
             after = server.resident_bytes(), server.threads(), server.descriptors()
         print("resident bytes, threads, descriptors after 2,000 requests:", *before)
         print("the same after 200,000 more and 20,000 more connections:  ", *after, flush=True)
+        with Server(Path(top) / "reader") as server:
+            server.request("PUT", "/kv/large", b"x" * 10_000_000)
+            wait_until(lambda: server.descriptors() == before[2], "the connection is closed")
+            with server.connect() as client:  # it does not read its answers
+                client.send(request("GET", "/kv/large") * 5)
+                begin = time.monotonic()
+                wait_until(lambda: server.descriptors() == before[2] + 1, "the connection is open")
+                wait_until(lambda: server.descriptors() == before[2], "it is given up", 60)
+                print(
+                    f"a client that never reads was given up after {time.monotonic() - begin:.0f} s"
+                )
         seed = time.time_ns() % 1_000_000
         acknowledged = cycles = 0
         lost: list[str] = []
