@@ -313,7 +313,7 @@ FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 HOST_VALUE = re.compile(HOST)
 # RFC 9112 7.1.1: the size, then extensions, which are checked and ignored.
 CHUNK = re.compile(
-    rb"([0-9A-Fa-f]{1,8})"
+    rb"([0-9A-Fa-f]+)"
     rb"(?:[ \t]*;[ \t]*"
     + TOKEN
     + rb"(?:[ \t]*=[ \t]*(?:"
@@ -374,6 +374,11 @@ def parse_field_lines(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
     return fields
 
 
+def members(values: list[bytes]) -> set[bytes]:
+    """Return the members of a list, which may stand in several fields: RFC 9110 5.6.1."""
+    return {each.strip(b" \t") for each in b",".join(values).lower().split(b",")} - {b""}
+
+
 def parse_fields(block: bytes, http11: bool) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
     if len(block) > MAX_HEADER:
@@ -402,11 +407,10 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     if int(digits) > MAX_VALUE:
         raise Refusal(413, "value too large")
 
-    options = b",".join(values.get(b"connection", [])).lower()  # RFC 9112 9.3
-    connection = {option.strip(b" \t") for option in options.split(b",")}
+    connection = members(values.get(b"connection", []))  # RFC 9112 9.3
     keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
 
-    expectations = {value.lower() for value in values.get(b"expect", [])}  # RFC 9110 10.1.1
+    expectations = members(values.get(b"expect", []))  # RFC 9110 10.1.1
     if expectations - {b"100-continue"}:
         raise Refusal(417, "only Expect: 100-continue")
     return Fields(int(digits), bool(codings), keep_alive, bool(expectations) and http11)
@@ -745,7 +749,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler, bind_and_activate=False)
         self.verbose = verbose
         self.draining = False  # no further connections, and each is closed when it falls idle
-        self.crowded = False  # when last looked, there was no room for one more connection
+        self.crowded = False  # no room for one more: each is closed when it falls idle
         # The connections waiting for a request, by time; True if it is not their first one.
         self.idle: dict[socket.socket, bool] = {}
         self._max_connections = max_connections
@@ -814,9 +818,7 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             self.crowded = self._connections >= self._max_connections
             if self.crowded:
-                # Not one whose first request is still to come: it has only just got its place.
-                idle = [each for each, answered in self.idle.copy().items() if answered]
-                self._hang_up(idle[:1])
+                self._make_room()
                 self._lock.wait(POLL_SECONDS)
                 raise TimeoutError  # as if there were none: serve_forever looks for its end first
         try:
@@ -833,9 +835,22 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             if len(self._workers) < self._connections:
                 worker = threading.Thread(target=self._work, daemon=True)
-                worker.start()
-                self._workers.add(worker)
+                try:
+                    worker.start()
+                    self._workers.add(worker)
+                except RuntimeError:
+                    # The system allows no more threads. So no more connections than this from now
+                    # on, and this one waits for the first worker that is free.
+                    self._max_connections = max(1, len(self._workers))
+                    self.crowded = True
+                    self._make_room()
         self._jobs.put((request, client_address))
+
+    def _make_room(self) -> None:
+        """Close the connection that has been idle for longest."""
+        # Not one whose first request is still to come: it has only just got its place.
+        idle = [each for each, answered in self.idle.copy().items() if answered]
+        self._hang_up(idle[:1])
 
     def _hang_up(self, connections: Iterable[socket.socket]) -> None:
         """End what idle connections wait for: their workers receive the end of the input.

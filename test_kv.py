@@ -886,7 +886,8 @@ RULES = [
     Rule("7.1", "negative size", CHUNKED + b"-1\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "a space before the size", CHUNKED + b" 1\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "a space behind the size", CHUNKED + b"1 \r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "too many digits", CHUNKED + b"0" * 16 + b"1\r\na\r\n0\r\n\r\n", "400 closed"),
+    Rule("7.1", "17 digits", CHUNKED + b"0" * 16 + b"1\r\na\r\n0\r\n\r\n", "200 open"),
+    Rule("7.1", "much too large", CHUNKED + b"F" * 5000 + b"\r\n", "413 closed"),
     Rule("7.1", "data too long", CHUNKED + b"1\r\nab\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "data too short", CHUNKED + b"3\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "LF behind the size", CHUNKED + b"1\na\r\n0\r\n\r\n", "400 closed"),
@@ -995,6 +996,13 @@ RULES = [
         "wrong key",
         b"PUT /kv/a! HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n",
         "400 closed",
+    ),
+    Rule("9110 10.1.1", "none", GET + HOST + b"Expect:\r\n\r\n", "200 open"),
+    Rule(
+        "9110 10.1.1",
+        "twice",
+        GET + HOST + b"Expect: 100-continue,,100-continue\r\n\r\n",
+        "200 open",
     ),
     Rule("9110 10.1.1", "another", GET + HOST + b"Expect: cake\r\n\r\n", "417 closed"),
     Rule(
@@ -1177,7 +1185,8 @@ class ServerTest(KVTest):
     def burst_and_restart(self, server: Server) -> None:
         allow_descriptors(10_100)
         requests = [put(f"key{number}", f"value {number}") for number in range(10_000)]
-        self.assertEqual(burst(server.port, requests, 15), {b"HTTP/1.1 200 OK": 10_000})
+        answers = burst(server.port, requests, 15)
+        self.assertEqual(answers, {b"HTTP/1.1 200 OK": 10_000}, server.log)
         self.assertEqual(server.stop(), 0)
         server = self.start(f"--port={server.port}")
         client = self.client(server)
@@ -1312,6 +1321,18 @@ class ServerTest(KVTest):
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
         self.assertEqual(server.get("a"), "1")
         self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\)\n$")
+
+    @on_linux
+    def test_when_no_more_threads_are_to_be_had_connections_take_turns(self) -> None:
+        server = self.start()
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        used = int(re.findall(r"VmSize:\s*(\d+) kB", status)[0]) * 1024
+        limit = used + 50_000_000  # for a few threads, as each has a stack of 8 MB
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, limit))
+        for _ in range(50):
+            self.assertEqual(self.client(server).request("GET", "/health").status, 200)
+        self.assertLess(server.threads(), 20)
+        self.assertNotIn("error", server.log)
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
     def test_stays_on_one_core(self) -> None:
@@ -1743,6 +1764,24 @@ class CommandLineTest(KVTest):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             self.assert_refuses_to_start(f"port {port}: Address already in use", f"--port={port}")
+
+    def test_accept_does_not_wait_for_a_client_that_is_gone(self) -> None:
+        """Some systems take it out of the queue when it was already announced."""
+        server = kv.Server("127.0.0.1", 0, 10, False)
+        self.addCleanup(server.server_close)
+        server.start(kv.Store({}))
+        self.addCleanup(server.drain)
+        accept = threading.Thread(target=lambda: self.assertRaises(OSError, server.get_request))
+        accept.start()
+        accept.join(DEADLINE)
+        self.assertFalse(accept.is_alive())
+
+    def test_a_directory_whose_name_is_not_text(self) -> None:
+        self.directory = Path(os.fsdecode(os.fsencode(self.top) + b"/data\xff"))
+        server = self.start()
+        self.assertIn(r"/data\udcff/kv.pickle, ", server.log)
+        server.request("PUT", "/kv/a", b"1")
+        self.assertEqual(server.stop(), 0)
 
     def test_working_directory_that_is_a_file(self) -> None:
         self.directory.write_text("")
