@@ -1988,6 +1988,85 @@ class DumpTest(KVTest):
         self.assertRegex(run.stderr.decode(), r"^kv\.py: cannot dump .*No space left on device\n$")
 
 
+# ---- README: its commands, as they stand there ----
+
+
+def found(*commands: str) -> bool:
+    return all(map(shutil.which, commands))
+
+
+class ReadmeTest(KVTest):
+    PAIRS: ClassVar = {"a": "päivää 🌍\n", "-b:c": "two words", "c": "'\"$\\"}
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name in ("kv.py", "run.sh", "README.md"):
+            shutil.copy(HERE / name, self.top)
+        self.directory = self.top
+
+    def run_block(self, start: str, *changes: tuple[str, str], **environment: str) -> str:
+        """Run the block of shell commands that begins like that; return what it prints."""
+        blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+        (block,) = (block for block in blocks if block.startswith(start))
+        for old, new in changes:
+            self.assertIn(old, block)
+            block = block.replace(old, new)
+        run = subprocess.run(
+            ["sh", "-ec", block],
+            cwd=self.top,
+            env={**os.environ, "PYTHON": sys.executable, **environment},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        self.assertEqual(run.returncode, 0, run.stderr)
+        return run.stdout
+
+    @unittest.skipUnless(found("curl", "cmp"), "needs curl")
+    def test_the_curl_session(self) -> None:
+        server = self.start()
+        printed = self.run_block("curl", ("localhost:8080", f"127.0.0.1:{server.port}"))
+        self.assertRegex(printed, r"(?s)^hello\nsame\nHTTP/1\.1 404 .*key not found\nok\n$")
+
+    @unittest.skipUnless(found("redis-server", "redis-cli"), "needs Redis")
+    def test_moving_to_redis(self) -> None:
+        self.write_snapshot(self.PAIRS)
+        port = str(free_port())
+        command = ["redis-server", "--port", port, "--save", "", "--bind", "127.0.0.1"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=self.top) as redis:
+            try:
+                wait_until(lambda: listens(int(port)), "Redis")
+                self.run_block(
+                    "./run.sh --dump | python3 -c '\nimport json, sys",
+                    ("redis-cli", f"redis-cli -p {port}"),
+                )
+                for key, value in self.PAIRS.items():
+                    get = ["redis-cli", "-p", port, "--raw", "get", key]
+                    self.assertEqual(subprocess.check_output(get).decode(), value + "\n")
+            finally:
+                redis.kill()
+
+    @unittest.skipUnless(found("etcd", "etcdctl"), "needs etcd")
+    def test_moving_to_etcd(self) -> None:
+        self.write_snapshot(self.PAIRS)
+        port = free_port()
+        url, peers = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+        environment = {"ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": url}
+        command = ["etcd", "--data-dir", str(self.top / "etcd"), "--listen-peer-urls", peers]
+        command += ["--listen-client-urls", url, "--advertise-client-urls", url]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as etcd:
+            try:
+                wait_until(lambda: listens(port), "etcd")
+                start = "./run.sh --dump | python3 -c '\nimport json, subprocess"
+                self.run_block(start, **environment)
+                for key, value in self.PAIRS.items():
+                    get = ["etcdctl", "get", "--print-value-only", "--", key]
+                    answer = subprocess.check_output(get, env={**os.environ, **environment})
+                    self.assertEqual(answer.decode(), value + "\n")
+            finally:
+                etcd.kill()
+
+
 # ---- Soak: for a long time ----
 
 
