@@ -573,9 +573,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
-        if self.server.draining or self.server.crowded:
-            # But what is in the buffer already is in flight, and answered first.
-            self.close_connection = self.close_connection or not self._buffer
+        if self.server.draining and not self._buffer:  # else there is one more request in flight
+            self.close_connection = True
         if self.close_connection:
             field += b"Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
@@ -735,7 +734,8 @@ class Server(ThreadingHTTPServer):
     then closed, the one that has been idle for longest first.
 
     The base class's serve_forever, handle_request and shutdown do the accepting and call these
-    hooks: server_bind, get_request, process_request, shutdown_request, handle_error.
+    hooks: server_bind, get_request, process_request, service_actions, shutdown_request,
+    handle_error.
     """
 
     # With the default of 5, a burst of clients is left to the retries of their kernels: 1 s, 3 s,
@@ -749,7 +749,6 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler, bind_and_activate=False)
         self.verbose = verbose
         self.draining = False  # no further connections, and each is closed when it falls idle
-        self.crowded = False  # no room for one more: each is closed when it falls idle
         # The connections waiting for a request, by time; True if it is not their first one.
         self.idle: dict[socket.socket, bool] = {}
         self._max_connections = max_connections
@@ -816,8 +815,7 @@ class Server(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         with self._lock:
-            self.crowded = self._connections >= self._max_connections
-            if self.crowded:
+            if self._connections >= self._max_connections:
                 self._make_room()
                 self._lock.wait(POLL_SECONDS)
                 raise TimeoutError  # as if there were none: serve_forever looks for its end first
@@ -842,9 +840,12 @@ class Server(ThreadingHTTPServer):
                     # The system allows no more threads. So no more connections than this from now
                     # on, and this one waits for the first worker that is free.
                     self._max_connections = max(1, len(self._workers))
-                    self.crowded = True
-                    self._make_room()
         self._jobs.put((request, client_address))
+
+    def service_actions(self) -> None:
+        """Called by serve_forever each time it has looked for a connection."""
+        if self._connections > self._max_connections:
+            self._make_room()
 
     def _make_room(self) -> None:
         """Close the connection that has been idle for longest."""

@@ -1279,7 +1279,7 @@ class ServerTest(KVTest):
     @on_linux
     def test_memory_does_not_grow_with_requests_or_connections(self) -> None:
         server = self.start()
-        load_server(server, 2_000, 200)
+        load_server(server, 2_000, 20)
         before = server.resident_bytes()
         load_server(server, 20_000, 2_000)
         self.assertLess(server.resident_bytes() - before, 3_000_000)
