@@ -24,7 +24,7 @@ snapshot in the working directory, from which the next start reads them back:
     15 s   The latest exit, because then supervisors, such as the test harness of lsfr.io, send
            SIGKILL. Exit code 0 means saved.
 
-Normally nobody stalls, and all of it takes milliseconds. A second signal ends the waiting: save
+Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting: save
 once, now. A crash, unlike a shutdown, loses what was written since the last snapshot: there is no
 write-ahead log here.
 
@@ -533,8 +533,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command not in methods:
             allow = f"Allow: {', '.join(methods)}\r\n".encode()
             return Refusal(405, "method not allowed", allow)
+        self._key = self.path[4:] if is_kv else ""
         if is_kv:
-            self._key = self.path[4:]
             if "%" in self._key:
                 # Latin-1 has a character for every byte, and a key takes only the ASCII ones.
                 self._key = unquote_to_bytes(self._key).decode("latin-1")
@@ -937,12 +937,19 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         prog="kv.py", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument(
-        "--port", type=port_number, default=8080, help="0 takes a free one (%(default)s)"
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)"
+    )
+    parser.add_argument(
+        "--port",
+        metavar="N",
+        type=port_number,
+        default=8080,
+        help="0 takes a free one (%(default)s)",
     )
     parser.add_argument(
         "--working-dir",
+        metavar="DIR",
         default=os.environ.get("DATA_DIR") or ".",
         help="where the snapshot is, created if missing ($DATA_DIR, or the current directory)",
     )
@@ -1065,7 +1072,7 @@ def main() -> int:
         # cannot interrupt anything halfway.
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
         stay_on_one_core()
-        doing = f"cannot use the working directory {arguments.working_dir}"
+        doing = f"cannot use the working directory {os.path.dirname(snapshot)}"
         directory = open_working_directory(arguments.working_dir)
         # The address now, so that a load that takes long is not in vain; clients after it.
         doing = f"cannot listen on {arguments.host} port {arguments.port}"
