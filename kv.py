@@ -24,9 +24,9 @@ snapshot in the working directory, from which the next start reads them back:
     15 s   The latest exit, because then supervisors, such as the test harness of lsfr.io, send
            SIGKILL. Exit code 0 means saved.
 
-Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting: save
-once, now. A crash, unlike a shutdown, loses what was written since the last snapshot: there is no
-write-ahead log here.
+Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting:
+save once, now. A crash, unlike a shutdown, loses what was written since the last snapshot: there
+is no write-ahead log here.
 
 The file reads from the inside out, and each part knows nothing of those behind it: snapshot,
 store, request syntax, one connection, the server, the process.
@@ -838,8 +838,10 @@ class Server(ThreadingHTTPServer):
                     self._workers.add(worker)
                 except RuntimeError:
                     # The system allows no more threads. So no more connections than this from now
-                    # on, and this one waits for the first worker that is free.
-                    self._max_connections = max(1, len(self._workers))
+                    # on, and this one waits for the first worker that is free, if there is any.
+                    if not self._workers:
+                        raise
+                    self._max_connections = len(self._workers)
         self._jobs.put((request, client_address))
 
     def service_actions(self) -> None:
@@ -1011,10 +1013,11 @@ def dump(working_directory: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     directory = os.open(working_directory, os.O_RDONLY | os.O_DIRECTORY)
     os.stat(SNAPSHOT, dir_fd=directory)  # load_snapshot() takes a missing one for an empty store
-    for key, value in load_snapshot(directory).items():
-        line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
-        sys.stdout.buffer.write(line.encode() + b"\n")
-    sys.stdout.flush()
+    # Not sys.stdout: what it could not write it would try again at the exit, with a traceback.
+    with open(1, "wb", closefd=False) as stdout:
+        for key, value in load_snapshot(directory).items():
+            line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
+            stdout.write(line.encode() + b"\n")
 
 
 def shut_down(

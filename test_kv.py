@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -225,9 +226,14 @@ class Server:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def address_space_bytes(self) -> int:
+        return self.pages()[0] * resource.getpagesize()
+
     def resident_bytes(self) -> int:
-        text = Path(f"/proc/{self.process.pid}/statm").read_text()
-        return int(text.split()[1]) * resource.getpagesize()
+        return self.pages()[1] * resource.getpagesize()
+
+    def pages(self) -> list[int]:
+        return [int(n) for n in Path(f"/proc/{self.process.pid}/statm").read_text().split()]
 
     def cpu_seconds(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -1333,8 +1339,7 @@ class ServerTest(KVTest):
     def test_out_of_memory_is_reported_and_the_others_are_served(self) -> None:
         server = self.start()
         server.request("PUT", "/kv/a", b"1")
-        status = Path(f"/proc/{server.process.pid}/status").read_text()
-        used = int(re.findall(r"VmSize:\s*(\d+) kB", status)[0]) * 1024
+        used = server.address_space_bytes()
         infinite = resource.RLIM_INFINITY
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (used + 5_000_000, infinite))
         with self.assertRaises(OSError):  # the connection is closed
@@ -1347,14 +1352,24 @@ class ServerTest(KVTest):
     @on_linux
     def test_when_no_more_threads_are_to_be_had_connections_take_turns(self) -> None:
         server = self.start()
-        status = Path(f"/proc/{server.process.pid}/status").read_text()
-        used = int(re.findall(r"VmSize:\s*(\d+) kB", status)[0]) * 1024
-        limit = used + 50_000_000  # for a few threads, as each has a stack of 8 MB
+        limit = (
+            server.address_space_bytes() + 50_000_000
+        )  # for a few threads, as each has a stack of 8 MB
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, limit))
         for _ in range(50):
             self.assertEqual(self.client(server).request("GET", "/health").status, 200)
         self.assertLess(server.threads(), 20)
         self.assertNotIn("error", server.log)
+
+    @on_linux
+    def test_when_not_even_one_thread_is_to_be_had_the_next_client_may_find_one(self) -> None:
+        server = self.start()
+        used, infinite = server.address_space_bytes(), resource.RLIM_INFINITY
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (used, infinite))
+        self.assertRaises(OSError, server.request, "GET", "/health")
+        server.wait_for_log("error: RuntimeError")
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
+        self.assertEqual(server.request("GET", "/health").status, 200)
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
     def test_stays_on_one_core(self) -> None:
@@ -1478,6 +1493,7 @@ class ShutdownTest(KVTest):
         server.request("PUT", "/kv/a", b"1")
         server.send_signal()
         server.wait_for_log("saved 1 pairs")
+        self.assertNotIn("given up", server.log)
         server.send_signal(signal.SIGKILL)
         server.exit_code()
         self.assertEqual(self.read_snapshot(), {"a": "1"})
@@ -1816,6 +1832,11 @@ class CommandLineTest(KVTest):
             port = taken.getsockname()[1]
             self.assert_refuses_to_start(f"port {port}: Address already in use", f"--port={port}")
 
+    def test_the_start_does_not_ask_the_name_service(self) -> None:
+        """Which can take seconds to say that it does not know."""
+        with unittest.mock.patch("socket.getfqdn", side_effect=AssertionError):
+            kv.Server("127.0.0.1", 0, 10, False).server_close()
+
     def test_accept_does_not_wait_for_a_client_that_is_gone(self) -> None:
         """Some systems take it out of the queue when it was already announced."""
         server = kv.Server("127.0.0.1", 0, 10, False)
@@ -1921,10 +1942,11 @@ class CommandLineTest(KVTest):
 
     def test_a_log_that_nobody_reads_does_not_delay_the_exit(self) -> None:
         process, port, reader = self.log_into_a_pipe()
-        requests_per_second(port, 64, [put("a", "1")], 1.0)  # enough to fill a pipe
+        key = "k" * 900  # for long lines: some workers together can fill what is left of the pipe
+        requests_per_second(port, 64, [put(key, "1")], 1.0)
         process.terminate()
         self.assertEqual(process.wait(5), 0)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
+        self.assertEqual(self.read_snapshot(), {key: "1"})
         os.close(reader)
 
     def test_a_log_that_is_closed_does_not_stop_the_save(self) -> None:
@@ -2045,7 +2067,7 @@ class DumpTest(KVTest):
         self.write_snapshot({"a": "1"})
         command = [sys.executable, str(HERE / "kv.py"), "--dump", f"--working-dir={self.directory}"]
         with open("/dev/full", "w") as full:
-            run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
+            run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={})
         self.assertEqual(run.returncode, 1)
         self.assertRegex(run.stderr.decode(), r"^kv\.py: cannot dump .*No space left on device\n$")
 
