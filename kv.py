@@ -488,7 +488,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # unless the end of the request is found
         if not self._buffer and not self._wait_for_request():
             return
-        self.command = self.requestline = ""
+        self.command, self._line = "", b""
         try:
             self.parse_request()
             refusal = self._route()
@@ -514,11 +514,10 @@ class Handler(BaseHTTPRequestHandler):
         """
         self._deadline = time.monotonic() + STALL_SECONDS
         head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER)
-        line, _, block = head.partition(b"\r\n")
-        if not line:  # RFC 9112 2.2: some clients send an empty line behind a body
-            line, _, block = block.partition(b"\r\n")
-        self.requestline = line.decode("latin-1")
-        self.command, self.path, http11 = parse_request_line(line)
+        self._line, _, block = head.partition(b"\r\n")
+        if not self._line:  # RFC 9112 2.2: some clients send an empty line behind a body
+            self._line, _, block = block.partition(b"\r\n")
+        self.command, self.path, http11 = parse_request_line(self._line)
         self.request_version = "HTTP/1.1" if http11 else "HTTP/1.0"
         parse = remembered_fields if len(block) <= MAX_REMEMBERED_BLOCK else parse_fields
         self._fields = parse(block, http11)
@@ -596,7 +595,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_request(self, code: object = "-", size: object = "-") -> None:
         # As a representation, because a client can put anything into it; and not of any length.
-        log(f"{self.client_address[0]} {self.requestline!r:.1000} {code} {size}")
+        log(f"{self.client_address[0]} {str(self._line)[1:]:.1000} {code} {size}")
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -615,13 +614,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_body(self) -> bytes:
         """Read the request's body. This is the one place that says where it ends: RFC 9112 6.3."""
-        length, chunked, _, expects_continue = self._fields
-        if not (length or chunked):
+        fields = self._fields
+        if not (fields.length or fields.chunked):
             return b""
-        if expects_continue and not self._buffer:
+        if fields.expects_continue and not self._buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._deadline = time.monotonic() + STALL_SECONDS
-        return self._read_chunks() if chunked else self._read(length)
+        return self._read_chunks() if fields.chunked else self._read(fields.length)
 
     def _read_chunks(self) -> bytes:
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
