@@ -1202,7 +1202,8 @@ def fuzz(server: Server, count: int, seed: int) -> None:
                 raise AssertionError(f"request {number} with seed {seed}: no end")
     wait_until(lambda: server.request("GET", "/health").status == 200, "an answer")
     if sys.platform == "linux":
-        wait_until(lambda: server.threads() <= 2 + 2, "the threads to end", 10)
+        most = 2 + kv.MAX_SPARE_WORKERS
+        wait_until(lambda: server.threads() <= most, "the threads to end", 10)
         wait_until(lambda: server.descriptors() <= 8, "the descriptors to be closed", 10)
 
 
