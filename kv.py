@@ -784,9 +784,8 @@ class Server(ThreadingHTTPServer):
         self._acceptor.start()
 
     def drain(self) -> None:
-        """Stop accepting, close idle connections; do not wait for what is in flight."""
+        """Stop accepting and close idle connections; do not wait for what is in flight."""
         self.draining = True
-        self._hang_up(self.idle.copy())
         self.shutdown()
 
     def join(self, until: float) -> bool:
@@ -805,6 +804,9 @@ class Server(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
         """Accept until `drain`, and then those who are in the listen queue already."""
         super().serve_forever(poll_interval)
+        # Not in drain() itself: for each of thousands, the thread would wait for its turn among
+        # the workers that it has woken, and the main thread has a deadline.
+        self._hang_up(self.idle.copy())
         self.socket.listen(0)  # room for no more, or a busy server would never see the end
         while select.select([self.socket], [], [], 0)[0]:
             self.handle_request()

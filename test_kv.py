@@ -1480,8 +1480,8 @@ class ShutdownTest(KVTest):
         server = self.start()
         client = self.begin_upload(server, "slow")
         server.send_signal()
+        server.wait_for_log("draining: 1 requests in flight")
         wait_until(lambda: not listens(server.port), "new connections are refused")
-        self.assertIn("draining: 1 requests in flight", server.log)
         client.send(b"e")
         answer = client.receive()
         self.assertEqual((answer.status, answer.fields["Connection"]), (200, "close"))
@@ -2184,7 +2184,7 @@ def soak(minutes: float) -> int:
                 fuzz(server, 5_000, seed)
                 assert server.stop() == 0
                 assert "error" not in server.log, server.log
-            report = shutdowns_under_load(Path(top) / "load", 25, seed)
+            report = shutdowns_under_load(Path(top) / f"load-{seed}", 25, seed)
             acknowledged += report.acknowledged
             lost += report.lost
             cycles += 25
