@@ -1216,7 +1216,8 @@ class ServerTest(KVTest):
         requests = [put(f"key{number}", f"value {number}") for number in range(10_000)]
         answers = burst(server.port, requests, 15)
         self.assertEqual(answers, {b"HTTP/1.1 200 OK": 10_000}, server.log)
-        self.assertEqual(server.stop(), 0)
+        server.send_signal()
+        self.assertEqual(server.exit_code(kv.SHUTDOWN_SECONDS), 0)
         server = self.start(f"--port={server.port}")
         client = self.client(server)
         for number in range(10_000):
