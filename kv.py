@@ -728,9 +728,9 @@ RESERVED_DESCRIPTORS = 32
 class Server(ThreadingHTTPServer):
     """Accepts connections and gives each to a worker thread, which serves it until it is closed.
 
-    `start` begins, `drain` ends it, `join` waits for what is in flight. In between,
-    a connection over the limit waits in the listen queue until another one ends, and idle ones are
-    then closed, the one that has been idle for longest first.
+    `start` begins, `drain` ends it, `join` waits for what is in flight. In between, a connection
+    over the limit waits in the listen queue, and the one that has been idle for longest is closed
+    to make room for it.
 
     The base class's serve_forever, handle_request and shutdown do the accepting and call these
     hooks: server_bind, get_request, process_request, service_actions, shutdown_request,
