@@ -445,7 +445,9 @@ STALL_SECONDS = 15.0
 BODY_BYTES_PER_SECOND = 1024
 # For what a client is still sending when it has been refused.
 LINGER_SECONDS = 5.0
-# For the request of a connection that comes out of the listen queue during the shutdown.
+# For the first request, if others wait for the place: it may be on its way.
+FIRST_SECONDS = 1.0
+# The same for a connection that comes out of the listen queue during the shutdown.
 QUEUED_SECONDS = 0.1
 # Enough for any request but an upload. Each idle connection has a buffer of this size waiting.
 RECEIVE_SIZE = 8192
@@ -473,7 +475,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(STALL_SECONDS))
         self._receive_seconds = 0.0  # no limit set yet
-        self._answered = False
+        self._spared_until = time.monotonic() + FIRST_SECONDS
         self._buffer = b""
 
     def finish(self) -> None:
@@ -589,7 +591,7 @@ class Handler(BaseHTTPRequestHandler):
                 b"" if self.command == "HEAD" else body,
             )
         )
-        self._answered = True
+        self._spared_until = 0.0
         if self.server.verbose:
             self.log_request(status, len(body))
 
@@ -604,7 +606,7 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         # First registered, then looked whether the server is draining. Its drain() first says so
         # and then looks who is registered, so at least one of the two notices the other.
-        server.idle[self.connection] = self._answered
+        server.idle[self.connection] = self._spared_until
         try:
             seconds = QUEUED_SECONDS if server.draining else IDLE_SECONDS
             self._buffer = self._receive(RECEIVE_SIZE, seconds)
@@ -718,8 +720,10 @@ POLL_SECONDS = 0.1
 # Workers that wait for a connection. Fewer would mean starting a thread, about 100 us, for more of
 # the connections; more would keep the memory of a burst for good.
 MAX_SPARE_WORKERS = 64
-# Each connection has a thread: 10,000 of them take 300 MB. Systems allow some 30,000 threads.
-MAX_CONNECTIONS = 10_000
+# Each connection has a thread: 4,000 take 100 MB. When all of them wake at once, they queue for the
+# interpreter lock, and the more they are, the longer the kernel takes to find the next one: a
+# shutdown with 10,000 took up to 20 s. Further connections wait in the listen queue.
+MAX_CONNECTIONS = 4_000
 # Descriptors kept for other things: standard streams, listener, directory, snapshot, and some that
 # the parent process may have left open.
 RESERVED_DESCRIPTORS = 32
@@ -748,14 +752,15 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler, bind_and_activate=False)
         self.verbose = verbose
         self.draining = False  # no further connections, and each is closed when it falls idle
-        # The connections waiting for a request, by time; True if it is not their first one.
-        self.idle: dict[socket.socket, bool] = {}
+        # The connections that wait for a request, in the order in which they began to, and until
+        # when (on the monotonic clock) they are not closed to make room.
+        self.idle: dict[socket.socket, float] = {}
         self._max_connections = max_connections
         self._connections = 0
         # One for each connection, and some spare ones that wait for the next.
         self._workers: set[threading.Thread] = set()
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # Guards `_connections`, `_workers` and each close of a connection, and tells of the latter.
+        # Guards `_connections` and who leaves `_workers`, and tells when a connection has ended.
         self._lock = threading.Condition()
         self.server_bind()
 
@@ -831,30 +836,31 @@ class Server(ThreadingHTTPServer):
         return request
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            if len(self._workers) < self._connections:
-                worker = threading.Thread(target=self._work, daemon=True)
-                try:
-                    worker.start()
-                    self._workers.add(worker)
-                except RuntimeError:
-                    # The system allows no more threads. So no more connections than this from now
-                    # on, and this one waits for the first worker that is free, if there is any.
-                    if not self._workers:
-                        raise
-                    self._max_connections = len(self._workers)
+        if len(self._workers) < self._connections:
+            worker = threading.Thread(target=self._work, daemon=True)
+            self._workers.add(worker)
+            try:
+                worker.start()
+            except RuntimeError:
+                # The system allows no more threads. So this connection waits for the first worker
+                # that is free, if there is any.
+                self._workers.remove(worker)
+                if not self._workers:
+                    raise
         self._jobs.put((request, client_address))
 
     def service_actions(self) -> None:
         """Called by serve_forever each time it has looked for a connection."""
-        if self._connections > self._max_connections:
+        if len(self._workers) < self._connections:
             self._make_room()
 
     def _make_room(self) -> None:
         """Close the connection that has been idle for longest."""
-        # Not one whose first request is still to come: it has only just got its place.
-        idle = [each for each, answered in self.idle.copy().items() if answered]
-        self._hang_up(idle[:1])
+        now = time.monotonic()
+        for connection, spared_until in self.idle.copy().items():
+            if spared_until <= now:
+                self._hang_up([connection])
+                break
 
     def _hang_up(self, connections: Iterable[socket.socket]) -> None:
         """End what idle connections wait for: their workers receive the end of the input.
@@ -863,10 +869,9 @@ class Server(ThreadingHTTPServer):
         piece arrives in this very moment is cut off, without an answer.
         """
         for connection in connections:
-            # With the lock (which its holder may take again), nobody closes the connection while
-            # its descriptor is in use here, so that it cannot belong to a new one by then. An
-            # OSError means that it has been closed already.
-            with self._lock, contextlib.suppress(OSError):
+            # A worker may close it meanwhile, hence the OSError. But its descriptor cannot belong
+            # to a new connection by then, as the thread that accepts is here.
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
 
     # -- The worker threads --
@@ -885,8 +890,8 @@ class Server(ThreadingHTTPServer):
                     self._workers.remove(threading.current_thread())
 
     def shutdown_request(self, request: Any) -> None:
+        request.close()
         with self._lock:
-            request.close()
             self._connections -= 1
             self._lock.notify()
 
@@ -1076,6 +1081,10 @@ def main() -> int:
         # cannot interrupt anything halfway.
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
         stay_on_one_core()
+        # How often a thread that waits for the interpreter lock wakes up to ask for it. Thousands
+        # that do so each 5 ms, as usual, leave no time for the work. No thread here needs to be
+        # asked: each soon waits for the network or the disk, and gives up the lock for that.
+        sys.setswitchinterval(1.0)
         doing = f"cannot use the working directory {os.path.dirname(snapshot)}"
         directory = open_working_directory(arguments.working_dir)
         # The address now, so that a load that takes long is not in vain; clients after it.

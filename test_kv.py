@@ -1240,6 +1240,13 @@ class ServerTest(KVTest):
             self.assertEqual(clients[-1].request("PUT", f"/kv/{number}", b"x").status, 200)
         self.assertTrue(clients[0].is_closed())
 
+    def test_connections_that_send_nothing_make_room_for_a_new_one(self) -> None:
+        limit = (resource.RLIMIT_NOFILE, (64, 64))
+        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        clients = [self.client(server) for _ in range(100)]
+        self.assertEqual(server.request("GET", "/health").status, 200)
+        self.assertTrue(clients[0].is_closed())
+
     def test_raises_the_soft_limit_of_descriptors(self) -> None:
         allow_descriptors(1000)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -1376,6 +1383,16 @@ class ServerTest(KVTest):
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
     def test_stays_on_one_core(self) -> None:
         self.assertEqual(len(os.sched_getaffinity(self.start().process.pid)), 1)
+
+    def test_threads_that_wait_do_not_wake_for_nothing(self) -> None:
+        """Thousands that ask for the interpreter lock each 5 ms would use up the core."""
+        script = (
+            "import kv, sys; kv.shut_down = lambda *_: kv.log(f'{sys.getswitchinterval()} s') or 0;"
+            "kv.main()"
+        )
+        server = self.start(command=[sys.executable, "-c", script], cwd=HERE)
+        server.stop()
+        self.assertIn("kv.py: 1.0 s\n", server.log)
 
     def test_slow_readers_get_the_whole_value(self) -> None:
         server = self.start()
@@ -1677,7 +1694,7 @@ def connect_until_refused(port: int) -> None:
             client = clients.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(("127.0.0.1", port))
-            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # not connected yet
+            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
                 client.send(request("GET", "/kv/a"))
 
 
