@@ -146,13 +146,13 @@ def load_snapshot(directory: int) -> dict[str, str]:
         if status.st_size <= DIGEST_SIZE:
             raise SnapshotError("too short")
         # Mapped, not read: the store need not fit into memory twice.
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
-            end = len(data) - DIGEST_SIZE
-            with memoryview(data) as view, view[:end] as pickled:
-                digest = hashlib.sha256(pickled).digest()
-            if digest != data[end:]:
+        with (
+            mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data,
+            memoryview(data)[:-DIGEST_SIZE] as pickled,
+        ):
+            if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
                 raise SnapshotError("truncated or altered: its checksum does not match")
-            check_opcodes(data, end)
+            check_opcodes(pickled)
             try:
                 pairs = StringsOnly(data).load()
             except Exception as error:  # the pickle module does not promise which
@@ -174,8 +174,8 @@ class StringsOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"asks for {module}.{name}")
 
 
-def check_opcodes(data: mmap.mmap, end: int) -> None:
-    """Raise SnapshotError unless the pickle data[:end] makes do with a dict and strings.
+def check_opcodes(pickled: memoryview) -> None:
+    """Raise SnapshotError unless a pickle makes do with a dict and strings.
 
     The checksum proves that the file is whole, not who made it, and without functions a pickle can
     still crash the interpreter (a tuple nested a million deep as a key) or use up all memory (a
@@ -185,25 +185,27 @@ def check_opcodes(data: mmap.mmap, end: int) -> None:
     frame, stop = pickle.FRAME[0], pickle.STOP[0]
     single_bytes = (pickle.MARK[0], pickle.SETITEM[0], pickle.SETITEMS[0])
     # Protocol 4, the length of the first frame unless it is tiny, and an empty dict.
-    start = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL).match(data)
+    start = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL).match(pickled)
     if not start:
         raise SnapshotError("not a dict")
     at = start.end()
-    while at < end:
-        opcode = data[at]
-        if opcode == short_string:
-            at += 2 + data[at + 1]
-        elif opcode in single_bytes:
-            at += 1
-        elif opcode == string:
-            at += 5 + int.from_bytes(data[at + 1 : at + 5], "little")
-        elif opcode == frame:
-            at += 9
-        elif opcode == stop and at == end - 1:
-            return
-        else:
-            raise SnapshotError(f"unexpected opcode {opcode:#04x} at byte {at}")
-    raise SnapshotError("has no end")
+    try:
+        while True:
+            while pickled[at] == short_string:  # nearly all there is
+                at += 2 + pickled[at + 1]
+            opcode = pickled[at]
+            if opcode in single_bytes:
+                at += 1
+            elif opcode == string:
+                at += 5 + int.from_bytes(pickled[at + 1 : at + 5], "little")
+            elif opcode == frame:
+                at += 9
+            elif opcode == stop and at == len(pickled) - 1:
+                return
+            else:
+                raise SnapshotError(f"unexpected opcode {opcode:#04x} at byte {at}")
+    except IndexError:
+        raise SnapshotError("has no end") from None
 
 
 # ---- Store: all pairs in memory ----
@@ -649,15 +651,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_through(self, end: bytes, limit: int) -> bytes:
         """Take the input up to and with `end` out of the buffer; return it without `end`."""
-        while end not in self._buffer:
+        while True:
+            text, found, rest = self._buffer.partition(end)
+            if found:
+                self._buffer = rest
+                return text
             if has_bare_line_end(self._buffer):  # `end` would never come
                 raise Refusal(400, "bare CR or LF")
             if len(self._buffer) > limit:
                 is_request_line = end == HEAD_END and b"\r\n" not in self._buffer
                 raise Refusal(414 if is_request_line else 431, "line or header too long")
             self._buffer += self._receive_in_time(RECEIVE_SIZE)
-        text, _, self._buffer = self._buffer.partition(end)
-        return text
 
     def _read(self, size: int) -> bytes:
         """Take `size` bytes of a body out of the input."""
