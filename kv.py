@@ -56,7 +56,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -314,15 +314,9 @@ OTHER_VERSION = re.compile(TOKEN + rb" [^ ]+ HTTP/(?!1\.[01]$)[0-9]\.[0-9]")
 FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 HOST_VALUE = re.compile(HOST)
 # RFC 9112 7.1.1: the size, then extensions, which are checked and ignored.
-CHUNK = re.compile(
-    rb"([0-9A-Fa-f]+)"
-    rb"(?:[ \t]*;[ \t]*"
-    + TOKEN
-    + rb"(?:[ \t]*=[ \t]*(?:"
-    + TOKEN
-    + rb'|"(?:[^"\\\x00-\x08\x0a-\x1f'
-    rb'\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"))?)*'
-)
+QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'  # RFC 9110 5.6.4
+EXTENSION = rb"[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?"
+CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:" + EXTENSION + rb")*")
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
 
@@ -616,7 +610,7 @@ class Handler(BaseHTTPRequestHandler):
             del server.idle[self.connection]
         return bool(self._buffer)
 
-    def _read_body(self) -> bytes:
+    def _read_body(self) -> bytes | bytearray:
         """Read the request's body. This is the one place that says where it ends: RFC 9112 6.3."""
         fields = self._fields
         if not (fields.length or fields.chunked):
@@ -626,28 +620,26 @@ class Handler(BaseHTTPRequestHandler):
         self._deadline = time.monotonic() + STALL_SECONDS
         return self._read_chunks() if fields.chunked else self._read(fields.length)
 
-    def _read_chunks(self) -> bytes:
+    def _read_chunks(self) -> bytearray:
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
-        chunks: list[bytes] = []
-        total = 0
+        body = bytearray()
         while True:
             match = CHUNK.fullmatch(self._read_through(b"\r\n", MAX_LINE))
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
+            if len(body) + size > MAX_VALUE:
+                raise Refusal(413, "value too large")
             if size == 0:
                 break
-            total += size
-            if total > MAX_VALUE:
-                raise Refusal(413, "value too large")
-            chunks.append(self._read(size))
+            body += self._read(size)
             if self._read(2) != b"\r\n":
                 raise Refusal(400, "malformed chunk")
         trailer: list[bytes] = []
         while line := self._read_through(b"\r\n", MAX_LINE):
             trailer.append(line)
             parse_field_lines(trailer)  # each time, so that there are never too many
-        return b"".join(chunks)
+        return body
 
     def _read_through(self, end: bytes, limit: int) -> bytes:
         """Take the input up to and with `end` out of the buffer; return it without `end`."""
@@ -663,18 +655,16 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(414 if is_request_line else 431, "line or header too long")
             self._buffer += self._receive_in_time(RECEIVE_SIZE)
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, size: int) -> bytearray:
         """Take `size` bytes of a body out of the input."""
-        # Joined once at the end: adding each piece to the others would copy all of them each time.
-        pieces = []
-        piece, self._buffer = self._buffer[:size], self._buffer[size:]
-        while True:
-            pieces.append(piece)
-            size -= len(piece)
+        body = bytearray(self._buffer[:size])
+        self._buffer = self._buffer[size:]
+        self._deadline += len(body) / BODY_BYTES_PER_SECOND
+        while len(body) < size:
+            piece = self._receive_in_time(min(size - len(body), RECEIVE_BODY_SIZE))
+            body += piece
             self._deadline += len(piece) / BODY_BYTES_PER_SECOND
-            if not size:
-                return b"".join(pieces)
-            piece = self._receive_in_time(min(size, RECEIVE_BODY_SIZE))
+        return body
 
     def _receive_in_time(self, size: int) -> bytes:
         """Return up to `size` bytes of an unfinished request, at least one, before the deadline."""
@@ -815,7 +805,8 @@ class Server(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
         # Not in drain() itself: for each of thousands, the thread would wait for its turn among
         # the workers that it has woken, and the main thread has a deadline.
-        self._hang_up(self.idle.copy())
+        for connection in self.idle.copy():
+            self._hang_up(connection)
         self.socket.listen(0)  # room for no more, or a busy server would never see the end
         while select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
@@ -863,20 +854,19 @@ class Server(ThreadingHTTPServer):
         now = time.monotonic()
         for connection, spared_until in self.idle.copy().items():
             if spared_until <= now:
-                self._hang_up([connection])
+                self._hang_up(connection)
                 break
 
-    def _hang_up(self, connections: Iterable[socket.socket]) -> None:
-        """End what idle connections wait for: their workers receive the end of the input.
+    def _hang_up(self, connection: socket.socket) -> None:
+        """End what an idle connection waits for: its worker receives the end of the input.
 
         A request that has arrived as a whole is still read and answered. One of which the first
         piece arrives in this very moment is cut off, without an answer.
         """
-        for connection in connections:
-            # A worker may close it meanwhile, hence the OSError. But its descriptor cannot belong
-            # to a new connection by then, as the thread that accepts is here.
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)
+        # The worker may close it meanwhile, hence the OSError. But its descriptor cannot belong to
+        # a new connection by then, as the thread that accepts is here.
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RD)
 
     # -- The worker threads --
 
@@ -946,30 +936,16 @@ def port_number(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="kv.py", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (%(default)s)"
-    )
-    parser.add_argument(
-        "--port",
-        metavar="N",
-        type=port_number,
-        default=8080,
-        help="0 takes a free one (%(default)s)",
-    )
-    parser.add_argument(
-        "--working-dir",
-        metavar="DIR",
-        default=os.environ.get("DATA_DIR") or ".",
-        help="where the snapshot is, created if missing ($DATA_DIR, or the current directory)",
-    )
-    parser.add_argument(
-        "--dump", action="store_true", help="print the snapshot as JSON Lines and exit"
-    )
-    parser.add_argument("--verbose", action="store_true", help="log every request")
-    parser.add_argument("--version", action="version", version=f"kv.py {__version__}")
+    summary = (__doc__ or "").split("\n", 1)[0]
+    parser = ArgumentParser(prog="kv.py", description=summary, allow_abbrev=False)
+    add = parser.add_argument
+    add("--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen (%(default)s)")
+    add("--port", metavar="N", type=port_number, default=8080, help="0 is any free (%(default)s)")
+    directory = os.environ.get("DATA_DIR") or "."
+    add("--working-dir", metavar="DIR", default=directory, help="for the snapshot ($DATA_DIR or .)")
+    add("--dump", action="store_true", help="print the snapshot as JSON Lines and exit")
+    add("--verbose", action="store_true", help="log every request")
+    add("--version", action="version", version=f"kv.py {__version__}")
     return parser.parse_args()
 
 
