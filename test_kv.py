@@ -1603,6 +1603,71 @@ class ShutdownTest(KVTest):
         self.assertGreater(report.acknowledged, 500)
 
 
+class StubbornServer:
+    """For shut_down(): a server with a request in flight that does not end."""
+
+    in_flight, idle = 1, ()
+
+    def drain(self) -> None: ...
+
+    def join(self, until: float) -> bool:
+        time.sleep(max(0.0, until - time.monotonic()))
+        return False
+
+
+class ShutdownStepsTest(unittest.TestCase):
+    """What no process can be made to show in time: the steps alone, a tenth as long."""
+
+    def shut_down(self, store: kv.Store, *saves: float | Exception) -> tuple[int, list[float]]:
+        """Each save takes so many seconds, the further ones none, or fails; when each began."""
+        begin = time.monotonic()
+        begins: list[float] = []
+
+        def save(directory: int, pairs: dict[str, str]) -> None:
+            begins.append(time.monotonic() - begin)
+            outcome = saves[len(begins) - 1] if len(begins) <= len(saves) else 0.0
+            if isinstance(outcome, Exception):
+                raise outcome
+            time.sleep(outcome)
+
+        with (
+            unittest.mock.patch.multiple(
+                kv, SHUTDOWN_SECONDS=1.5, SAVE_SECONDS=0.3, STEP_SECONDS=0.1, save_snapshot=save
+            ),
+            unittest.mock.patch("sys.stderr", None),
+        ):
+            code = kv.shut_down(cast(kv.Server, StubbornServer()), store, -1, set())
+        return code, begins
+
+    def test_waits_for_what_is_in_flight_until_there_is_just_time_for_a_save(self) -> None:
+        store = kv.Store({})
+        store.put("a", "1")
+        begin = time.monotonic()
+        self.assertEqual(self.shut_down(store)[0], 0)
+        self.assertAlmostEqual(time.monotonic() - begin, 1.2, delta=0.15)
+
+    def test_the_longer_a_save_takes_the_more_time_is_kept_for_the_last_one(self) -> None:
+        """Also when there was nothing to save in between."""
+        store = kv.Store({})
+        store.put("a", "1")
+        begin = time.monotonic()
+        self.assertEqual(self.shut_down(store, 0.3)[0], 0)
+        self.assertAlmostEqual(time.monotonic() - begin, 0.6, delta=0.15)
+
+    def test_a_save_for_which_memory_is_short_is_tried_again(self) -> None:
+        store = kv.Store({})
+        store.put("a", "1")
+        code, begins = self.shut_down(store, MemoryError(), OSError())
+        self.assertEqual((code, len(begins)), (0, 3))
+
+    def test_a_save_that_always_fails_is_reported_in_time(self) -> None:
+        store = kv.Store({})
+        store.put("a", "1")
+        begin = time.monotonic()
+        self.assertEqual(self.shut_down(store, *[OSError()] * 100)[0], 1)
+        self.assertAlmostEqual(time.monotonic() - begin, 1.4, delta=0.15)
+
+
 class FailingSaveTest(KVTest):
     """The save fails: a line that says so, exit code 1, and the old snapshot is as it was."""
 
@@ -1946,28 +2011,35 @@ class CommandLineTest(KVTest):
         self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
         self.assertLess(len(lines[3]), 2000)
 
-    def log_into_a_pipe(self) -> tuple[subprocess.Popen[bytes], int, int]:
+    def log_into_a_pipe(self, *command: str) -> tuple[subprocess.Popen[bytes], int, int]:
         """Return the server, its port, and the reading end of its log."""
         reader, writer = os.pipe()
         port = free_port()
-        command = [sys.executable, str(HERE / "kv.py"), f"--working-dir={self.directory}"]
-        process = subprocess.Popen([*command, f"--port={port}", "--verbose"], stderr=writer)
+        arguments = [f"--working-dir={self.directory}", f"--port={port}", "--verbose"]
+        process = subprocess.Popen([*command, *arguments], stderr=writer, cwd=HERE)
         self.addCleanup(process.kill)
         os.close(writer)
         os.read(reader, 1000)
         return process, port, reader
 
     def test_a_log_that_nobody_reads_does_not_delay_the_exit(self) -> None:
-        process, port, reader = self.log_into_a_pipe()
-        key = "k" * 900  # for long lines: some workers together can fill what is left of the pipe
-        requests_per_second(port, 64, [put(key, "1")], 1.0)
+        """Nor one that is read slowly, so that there is often room for some lines, but not all."""
+        # On all cores, or no thread would ever write between another's look and its write.
+        script = "import kv; kv.stay_on_one_core = lambda: None; kv.main()"
+        process, port, reader = self.log_into_a_pipe(sys.executable, "-c", script)
+        key = "k" * 900
+        load = threading.Thread(target=requests_per_second, args=[port, 64, [put(key, "1")], 1.0])
+        load.start()
+        while load.is_alive():
+            os.read(reader, 4096)
+            time.sleep(0.001)
         process.terminate()
         self.assertEqual(process.wait(5), 0)
         self.assertEqual(self.read_snapshot(), {key: "1"})
         os.close(reader)
 
     def test_a_log_that_is_closed_does_not_stop_the_save(self) -> None:
-        process, port, reader = self.log_into_a_pipe()
+        process, port, reader = self.log_into_a_pipe(sys.executable, str(HERE / "kv.py"))
         os.close(reader)
         with Client(port) as client:
             client.request("PUT", "/kv/a", b"1")
