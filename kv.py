@@ -265,7 +265,7 @@ class Store:
     def save(self, write: Callable[[dict[str, str]], None]) -> bool:
         """Hand all pairs to `write` and return True, or False if it has had them all already.
 
-        What `write` raises is passed on, and the pairs count as unsaved.
+        What `write` raises is passed on, and the pairs count as unsaved. For one thread at a time.
         """
         with self._lock:
             changes = self._changes
@@ -296,10 +296,10 @@ MAX_HEADER = 32 * 1024
 MAX_FIELDS = 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
-PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next three
+PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, and for the next four 3.2.2 to 3.4
+PLAIN = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
-# Written as "plain (percent plain)*", which takes one step for a run of plain characters.
-PATH = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*(?:" + PERCENT + rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*)*"
+PATH = PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*"
 QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
 
 # RFC 9112 3: method, origin-form or absolute-form without user information, and version.
@@ -339,15 +339,15 @@ class Fields(NamedTuple):
 
 def parse_request_line(line: bytes) -> tuple[str, str, bool]:
     """Return the method, the path as it was sent, and whether the version is HTTP/1.1."""
-    match = REQUEST_LINE.fullmatch(line)
-    if match and len(line) <= MAX_LINE:
-        method, path, minor = match.groups()
-        return method.decode(), path.decode(), minor == b"1"
     if len(line) > MAX_LINE:
         raise Refusal(414, "request line too long")
-    if OTHER_VERSION.fullmatch(line):
-        raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
-    raise Refusal(400, "malformed request line")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        if OTHER_VERSION.fullmatch(line):
+            raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
+        raise Refusal(400, "malformed request line")
+    method, path, minor = match.groups()
+    return method.decode(), path.decode(), minor == b"1"
 
 
 def has_bare_line_end(data: bytes) -> bool:
@@ -600,8 +600,8 @@ class Handler(BaseHTTPRequestHandler):
     def _wait_for_request(self) -> bool:
         """Wait in idleness; return False if the connection ends like that."""
         server = self.server
-        # First registered, then looked whether the server is draining. Its drain() first says so
-        # and then looks who is registered, so at least one of the two notices the other.
+        # First registered, then looked whether the server is draining. A drain first says so and
+        # then looks who is registered, so at least one of the two notices the other.
         server.idle[self.connection] = self._spared_until
         try:
             seconds = QUEUED_SECONDS if server.draining else IDLE_SECONDS

@@ -1392,6 +1392,30 @@ class ServerTest(KVTest):
         server.stop()
         self.assertIn("kv.py: 1.0 s\n", server.log)
 
+    def test_a_worker_registers_its_connection_before_it_looks_for_a_drain(self) -> None:
+        """The other way round, a drain in between would not see it and wait for it."""
+        seen: list[socket.socket] = []
+
+        class Server:
+            idle: ClassVar[dict[socket.socket, float]] = {}
+
+            @property
+            def draining(self) -> bool:
+                seen.extend(self.idle)
+                return False
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            Client(listener.getsockname()[1]).__exit__()
+            connection, address = listener.accept()
+        with connection:
+            kv.Handler(connection, address, cast(kv.Server, Server()))
+            self.assertEqual(seen, [connection])
+
+    def test_hanging_up_a_connection_that_is_closed_already_is_no_error(self) -> None:
+        with socket.socket() as closed, kv.Server("127.0.0.1", 0, 10, False) as server:
+            closed.close()
+            server._hang_up(closed)
+
     def test_the_start_does_not_ask_the_name_service(self) -> None:
         """Which can take seconds to say that it does not know."""
         with unittest.mock.patch("socket.getfqdn", side_effect=AssertionError):
