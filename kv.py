@@ -5,11 +5,11 @@ It needs Python 3.9 or later and nothing else, and listens on http://127.0.0.1:8
 otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 text of 1 byte to
 10 MiB, and a value comes back byte for byte.
 
-    PUT    /kv/{key}   store the body under key   200, 400, 413
-    GET    /kv/{key}   the value                  200, 400, 404     (HEAD: without the body)
-    DELETE /kv/{key}   remove the key             200, 400          (also if there was none)
-    DELETE /clear      remove every key           200
-    GET    /health     "ok"                       200               (HEAD: without the body)
+    PUT    /kv/{key}   store the body under key   200, 400, 413, 503
+    GET    /kv/{key}   the value                  200, 400, 404   (HEAD: without the body)
+    DELETE /kv/{key}   remove the key             200, 400, 503   (also if there was none)
+    DELETE /clear      remove every key           200, 503
+    GET    /health     "ok"                       200             (HEAD: without the body)
 
 All pairs live in memory. SIGTERM, SIGINT or SIGHUP shuts the server down and writes them to a
 snapshot in the working directory, from which the next start reads them back:
@@ -18,18 +18,18 @@ snapshot in the working directory, from which the next start reads them back:
            closed, requests in flight go on.
     1 s    If a request is still in flight, what has been acknowledged so far is saved now, and
            again each second.
-    12 s   The patience with stalled clients ends, earlier if saving takes long. From here on a
+    12 s   The patience with stalled clients ends, earlier if a save takes long. From here on a
            write is answered 503, because the last snapshot is being written. If that fails, it
            is tried again.
     15 s   The latest exit, because then supervisors, such as the test harness of lsfr.io, send
            SIGKILL. Exit code 0 means saved.
 
-Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting:
-save once, now. A crash, unlike a shutdown, loses what was written since the last snapshot: there
-is no write-ahead log here.
+Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting
+within a second: one more save, and no second try. A crash, unlike a shutdown, loses what was
+written since the last snapshot: there is no write-ahead log here.
 
-The file reads from the inside out, and each part knows nothing of those behind it: snapshot,
-store, request syntax, one connection, the server, the process.
+The file reads from the inside out, and each part uses those before it: snapshot, store, request
+syntax, log, one connection, the server, the process. Only the connection also knows its server.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
     try:
         with open(create_temporary(directory), "wb") as file:
             writer = HashingWriter(file)
-            pickler = pickle.Pickler(writer, protocol=4)  # the newest that Python 3.9 knows well
+            pickler = pickle.Pickler(writer, protocol=4)  # check_opcodes knows this one
             # Without its memo of objects seen, which would take a third of the store's memory.
             pickler.fast = True
             pickler.dump(pairs)
@@ -130,7 +130,8 @@ def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
 def load_snapshot(directory: int) -> dict[str, str]:
     """Return the pairs of the snapshot in `directory`, none if there is no snapshot.
 
-    Raises SnapshotError if it is not what `save_snapshot` writes, OSError if it cannot be read.
+    Raises SnapshotError if it is not what `save_snapshot` writes, OSError if it cannot be read,
+    MemoryError if it does not fit into memory.
     """
     # Not through a link: a save would replace the link and not the file behind it. And without
     # blocking: to open a named pipe is to wait for somebody who writes to it.
@@ -146,15 +147,15 @@ def load_snapshot(directory: int) -> dict[str, str]:
         if status.st_size <= DIGEST_SIZE:
             raise SnapshotError("too short")
         # Mapped, not read: the store need not fit into memory twice.
-        with (
-            mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data,
-            memoryview(data)[:-DIGEST_SIZE] as pickled,
-        ):
-            if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
-                raise SnapshotError("truncated or altered: its checksum does not match")
-            check_opcodes(pickled)
+        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
+            with memoryview(data)[:-DIGEST_SIZE] as pickled:
+                if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
+                    raise SnapshotError("truncated or altered: its checksum does not match")
+                check_opcodes(pickled)
             try:
                 pairs = StringsOnly(data).load()
+            except MemoryError:
+                raise  # that is no fault of the file
             except Exception as error:  # the pickle module does not promise which
                 raise SnapshotError(f"not a valid pickle: {error}") from error
     finally:
@@ -226,7 +227,8 @@ class Store:
         self._saved_changes = 0
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        with self._lock:
+            return len(self._pairs)
 
     def get(self, key: str) -> str | None:
         with self._lock:
@@ -296,9 +298,10 @@ MAX_HEADER = 32 * 1024
 MAX_FIELDS = 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
-PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, and for the next four 3.2.2 to 3.4
-PLAIN = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
+PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next four
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
+# A run of plain characters is one step of the search, where (?:plain|encoded)* has one for each.
+PLAIN = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 PATH = PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*"
 QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
 
@@ -428,6 +431,23 @@ def http_date(second: int) -> bytes:
 STATUS = {status.value: f"{status.value} {status.phrase}".encode() for status in HTTPStatus}
 
 
+# ---- Log: lines on stderr ----
+
+LOG_LOCK = threading.Lock()
+
+
+def log(message: str) -> None:
+    """Write a line to stderr, in one piece, or drop it.
+
+    If nobody reads our stderr, be it closed or a pipe that is full, we have to save all the same.
+    """
+    line = f"kv.py: {message}\n".encode(errors="backslashreplace")
+    # With the lock, no other thread uses up the room between the look and the write.
+    with LOG_LOCK, contextlib.suppress(OSError):
+        if sys.stderr is not None and select.select([], [sys.stderr], [], 0)[1]:
+            os.write(sys.stderr.fileno(), line)
+
+
 # ---- Handler: one connection ----
 
 # How long a worker waits for a client, in seconds. An idle connection costs a thread and 30 KB, so
@@ -441,9 +461,9 @@ STALL_SECONDS = 15.0
 BODY_BYTES_PER_SECOND = 1024
 # For what a client is still sending when it has been refused.
 LINGER_SECONDS = 5.0
-# For the first request, if others wait for the place: it may be on its way.
+# For the first request, before the connection may be closed to make room for another.
 FIRST_SECONDS = 1.0
-# The same for a connection that comes out of the listen queue during the shutdown.
+# For the next request during a shutdown: that of a client in the listen queue has arrived with it.
 QUEUED_SECONDS = 0.1
 # Enough for any request but an upload. Each idle connection has a buffer of this size waiting.
 RECEIVE_SIZE = 8192
@@ -490,17 +510,18 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.parse_request()
             refusal = self._route()
-            # Even a refused request has a body, behind which the next one starts. But a client that
-            # asks first is told at once, and the connection closed: it may send the body or not.
-            if not (refusal and self._fields.expects_continue):
-                self._value = self._read_body()
-                self.close_connection = not self._fields.keep_alive
+            if refusal and self._fields.expects_continue:
+                raise refusal  # before the body, which the client then may send or not
+            # Even a refused request has a body, behind which the next one starts.
+            self._value = self._read_body()
+            self.close_connection = not self._fields.keep_alive
             if refusal:
                 raise refusal
             getattr(self, "do_" + self.command)()
         except Refusal as refusal:
+            is_end_unknown = self.close_connection
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
-            if self.close_connection:
+            if is_end_unknown:
                 self._linger()
         except Closed:
             self._answer(503, b"shutting down\n")
@@ -511,7 +532,7 @@ class Handler(BaseHTTPRequestHandler):
         True, as the base class has it; a request that is not to be served raises Refusal.
         """
         self._deadline = time.monotonic() + STALL_SECONDS
-        head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER)
+        head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + len(HEAD_END))
         self._line, _, block = head.partition(b"\r\n")
         if not self._line:  # RFC 9112 2.2: some clients send an empty line behind a body
             self._line, _, block = block.partition(b"\r\n")
@@ -598,7 +619,7 @@ class Handler(BaseHTTPRequestHandler):
     # -- Receiving: to wait for a client, but never for good --
 
     def _wait_for_request(self) -> bool:
-        """Wait in idleness; return False if the connection ends like that."""
+        """Wait in idleness; return False at the end of the input. OSError if it takes too long."""
         server = self.server
         # First registered, then looked whether the server is draining. A drain first says so and
         # then looks who is registered, so at least one of the two notices the other.
@@ -645,14 +666,14 @@ class Handler(BaseHTTPRequestHandler):
         """Take the input up to and with `end` out of the buffer; return it without `end`."""
         while True:
             text, found, rest = self._buffer.partition(end)
+            if len(text) > limit:
+                is_request_line = end == HEAD_END and b"\r\n" not in text
+                raise Refusal(414 if is_request_line else 431, "line or header too long")
             if found:
                 self._buffer = rest
                 return text
-            if has_bare_line_end(self._buffer):  # `end` would never come
+            if has_bare_line_end(text):  # `end` would never come
                 raise Refusal(400, "bare CR or LF")
-            if len(self._buffer) > limit:
-                is_request_line = end == HEAD_END and b"\r\n" not in self._buffer
-                raise Refusal(414 if is_request_line else 431, "line or header too long")
             self._buffer += self._receive_in_time(RECEIVE_SIZE)
 
     def _read(self, size: int) -> bytearray:
@@ -792,22 +813,23 @@ class Server(ThreadingHTTPServer):
 
         Returns whether all of them have ended.
         """
-        threads = [self._acceptor, *self._workers.copy()]
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        # The acceptor may have started further workers, but not after its end.
-        return not self._acceptor.is_alive() and not self._workers
+        self._acceptor.join(max(0.0, until - time.monotonic()))
+        if self._acceptor.is_alive():
+            return False  # it may still start workers, and one that is not started cannot be joined
+        for worker in self._workers.copy():
+            worker.join(max(0.0, until - time.monotonic()))
+        return not self._workers
 
     # -- The thread that accepts --
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
         """Accept until `drain`, and then those who are in the listen queue already."""
         super().serve_forever(poll_interval)
-        # Not in drain() itself: for each of thousands, the thread would wait for its turn among
-        # the workers that it has woken, and the main thread has a deadline.
+        # Not in drain() itself: each hang-up gives up the interpreter lock, and to get it back the
+        # main thread, which has a deadline, would queue behind all the workers that it has woken.
         for connection in self.idle.copy():
             self._hang_up(connection)
-        self.socket.listen(0)  # room for no more, or a busy server would never see the end
+        self.socket.listen(0)  # room for one at a time, or a busy server would never see the end
         while select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
         self.server_close()
@@ -819,7 +841,7 @@ class Server(ThreadingHTTPServer):
             if self._connections >= self._max_connections:
                 self._make_room()
                 self._lock.wait(POLL_SECONDS)
-                raise TimeoutError  # as if there were none: serve_forever looks for its end first
+                raise TimeoutError  # which the base class ignores, and looks for its own end
         try:
             request = super().get_request()
         except OSError:
@@ -860,13 +882,14 @@ class Server(ThreadingHTTPServer):
     def _hang_up(self, connection: socket.socket) -> None:
         """End what an idle connection waits for: its worker receives the end of the input.
 
-        A request that has arrived as a whole is still read and answered. One of which the first
-        piece arrives in this very moment is cut off, without an answer.
+        What has arrived before can still be read, so a whole request is answered. One of which the
+        first piece arrives in this very moment is cut off, without an answer.
         """
         # The worker may close it meanwhile, hence the OSError. But its descriptor cannot belong to
         # a new connection by then, as the thread that accepts is here.
         with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RD)
+            if connection in self.idle:
+                connection.shutdown(socket.SHUT_RD)
 
     # -- The worker threads --
 
@@ -891,33 +914,21 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a mistake in this program, or no memory, and keep serving the others."""
-        log(f"error: {sys.exc_info()[1]!r}")
+        _, error, trace = sys.exc_info()
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        log(f"error: {error!r} in line {trace.tb_lineno if trace else 0}")
 
 
 # ---- Process: arguments, working directory, signals, and the order of a shutdown ----
 
 # From the signal to the exit, in seconds: then supervisors, among them the lsfr harness, kill.
 SHUTDOWN_SECONDS = 15.0
-# Of these, what stays for the last save, besides twice as long as an earlier one has taken: for a
-# hiccup of the disk, and for trying again when it is full.
+# Of these, what is kept for the last save, besides twice what the longest save so far has taken:
+# the disk may be slower then, or full, and the save has to be tried again.
 SAVE_SECONDS = 3.0
 # When to look again: whether all is answered, whether there is a second signal or room on the disk.
 STEP_SECONDS = 1.0
-
-
-LOG_LOCK = threading.Lock()
-
-
-def log(message: str) -> None:
-    """Write a line to stderr, in one piece, or drop it.
-
-    If nobody reads our stderr, be it closed or a pipe that is full, we have to save all the same.
-    """
-    line = f"kv.py: {message}\n".encode(errors="backslashreplace")
-    # With the lock, no other thread uses up the room between the look and the write.
-    with LOG_LOCK, contextlib.suppress(OSError):
-        if sys.stderr is not None and select.select([], [sys.stderr], [], 0)[1]:
-            os.write(sys.stderr.fileno(), line)
 
 
 def reason(error: Exception) -> str:
@@ -954,7 +965,8 @@ def open_working_directory(path: str) -> int:
 
     Raises OSError if a save would fail there: found out now rather than at the shutdown.
     """
-    os.makedirs(path, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(path)
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     # The kernel gives the lock back however the process ends, so none is ever left behind.
     try:
@@ -985,7 +997,7 @@ def stay_on_one_core() -> None:
 
     Only the thread that has the interpreter lock runs, so a second core has nothing to add, but
     passing the lock to a thread on another core has to wake that core: with 64 busy connections,
-    half as many requests per second.
+    half as many requests per second. A random one, as several servers may run here.
     """
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it
@@ -1034,7 +1046,9 @@ def shut_down(
 
     log(f"draining: {server.in_flight} requests in flight, {len(server.idle)} idle connections")
     server.drain()
-    while not server.join(time.monotonic() + STEP_SECONDS) and time_is_left(SAVE_SECONDS):
+    while not server.join(time.monotonic() + STEP_SECONDS):
+        if not time_is_left(SAVE_SECONDS):
+            break
         try_to_save()  # early, in case that those in flight take longer than we have
     log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
     store.close()
@@ -1067,7 +1081,7 @@ def main() -> int:
         sys.setswitchinterval(1.0)
         doing = f"cannot use the working directory {os.path.dirname(snapshot)}"
         directory = open_working_directory(arguments.working_dir)
-        # The address now, so that a load that takes long is not in vain; clients after it.
+        # The address now, so that a load that takes long is not in vain; it listens afterwards.
         doing = f"cannot listen on {arguments.host} port {arguments.port}"
         max_connections = raise_descriptor_limit()
         server = Server(arguments.host, arguments.port, max_connections, arguments.verbose)
@@ -1075,11 +1089,12 @@ def main() -> int:
         store = Store(load_snapshot(directory))
         doing = f"cannot listen on {arguments.host} port {arguments.port}"
         server.start(store)
-    except (OSError, SnapshotError, UnicodeError) as error:
+    except (OSError, SnapshotError, UnicodeError, MemoryError) as error:
         log(f"{doing}: {reason(error)}")
         return 1
     log(f"{len(store)} pairs in {snapshot}, listening on {server.url}")
-    log(signal.Signals(signal.sigwait(stop_signals)).name)
+    received = signal.sigwait(stop_signals)
+    log(signal.Signals(received).name)
     # Not by way of sys.exit(): the interpreter would first tidy up, and wait for its lock among
     # thousands of threads meanwhile. Everything is on the disk, and nothing is left to flush.
     os._exit(shut_down(server, store, directory, stop_signals))

@@ -476,6 +476,15 @@ class SnapshotTest(KVTest):
         self.snapshot.symlink_to("elsewhere")
         self.assert_refuses_to_start("symbolic links")
 
+    @on_linux
+    def test_a_snapshot_that_does_not_fit_into_memory_is_not_called_invalid(self) -> None:
+        with self.start() as server:
+            used = server.address_space_bytes()
+        self.write_snapshot({f"key{number}": "x" * 10_000_000 for number in range(30)})
+        limit = (resource.RLIMIT_AS, (used + 400_000_000,) * 2)  # once, but not twice
+        set_limit = functools.partial(resource.setrlimit, *limit)
+        self.assert_refuses_to_start("MemoryError", preexec_fn=set_limit)
+
     def test_people_can_read_it_with_pickle(self) -> None:
         self.write_snapshot(self.PAIRS)
         with open(self.snapshot, "rb") as file:
@@ -1354,7 +1363,7 @@ class ServerTest(KVTest):
                 server.request("PUT", f"/kv/large{number}", b"x" * 10_000_000)
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
         self.assertEqual(server.get("a"), "1")
-        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\)\n$")
+        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\) in line \d+\n$")
 
     @on_linux
     def test_when_no_more_threads_are_to_be_had_connections_take_turns(self) -> None:
@@ -1414,7 +1423,26 @@ class ServerTest(KVTest):
     def test_hanging_up_a_connection_that_is_closed_already_is_no_error(self) -> None:
         with socket.socket() as closed, kv.Server("127.0.0.1", 0, 10, False) as server:
             closed.close()
+            server.idle[closed] = 0.0
             server._hang_up(closed)
+
+    def test_a_request_that_has_begun_is_not_hung_up(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = Client(listener.getsockname()[1])
+            connection, _ = listener.accept()
+        with client, connection, kv.Server("127.0.0.1", 0, 10, False) as server:
+            server._hang_up(connection)
+            connection.setblocking(False)
+            self.assertRaises(BlockingIOError, connection.recv, 1)
+
+    def test_joining_while_the_acceptor_is_still_starting_workers(self) -> None:
+        with kv.Server("127.0.0.1", 0, 10, False) as server:
+            over = threading.Event()
+            server._acceptor = threading.Thread(target=over.wait)
+            server._acceptor.start()
+            server._workers.add(threading.Thread())  # not started yet
+            self.assertFalse(server.join(time.monotonic()))
+            over.set()
 
     def test_the_start_does_not_ask_the_name_service(self) -> None:
         """Which can take seconds to say that it does not know."""
@@ -1545,6 +1573,20 @@ class ShutdownTest(KVTest):
         self.assertEqual((answer.status, answer.fields["Connection"]), (200, "close"))
         self.assertEqual(server.exit_code(), 0)
         self.assertEqual(self.read_snapshot(), {"slow": "value"})
+
+    def test_a_refused_client_that_stays_does_not_delay_the_exit(self) -> None:
+        server = self.start()
+        client = self.client(server)
+        path = "/other"  # not found, but first comes the body
+        client.send(request("PUT", path, b"value")[:-1])
+        late = self.begin_upload(server, "late")  # by then the other one is in flight, too
+        server.send_signal()
+        server.wait_for_log("draining: 2 requests in flight")
+        client.send(b"e")
+        late.send(b"e")
+        self.assertEqual(client.receive().status, 404)
+        self.assertEqual(server.exit_code(3), 0)
+        self.assertTrue(client.is_closed())
 
     def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
         server = self.start()
@@ -1965,7 +2007,7 @@ class CommandLineTest(KVTest):
 
     def test_working_directory_that_is_a_file(self) -> None:
         self.directory.write_text("")
-        self.assert_refuses_to_start("File exists")
+        self.assert_refuses_to_start("Not a directory")
 
     def test_working_directory_that_cannot_be_created(self) -> None:
         self.assert_refuses_to_start("cannot use", "--working-dir=/dev/null/data")
@@ -2268,8 +2310,7 @@ class ReadmeTest(KVTest):
 
 
 def soak(minutes: float) -> int:
-    """Shutdowns under load, hostile bytes, many requests; return how much was lost."""
-    end = time.monotonic() + minutes * 60
+    """Many requests, then shutdowns under load and hostile bytes; return how much was lost."""
     with tempfile.TemporaryDirectory(prefix="kv-soak-") as top:
         with ServerProcess(Path(top) / "many") as server:
             load_server(server, 1_000, 1_000)
@@ -2288,6 +2329,7 @@ def soak(minutes: float) -> int:
                 wait_until(lambda: server.descriptors() == idle, "it is given up", 90)
             seconds = time.monotonic() - begin
             print(f"a client that never reads was given up after {seconds:.0f} s", flush=True)
+        end = time.monotonic() + minutes * 60
         seed = time.time_ns() % 1_000_000
         acknowledged = cycles = 0
         lost: list[str] = []
@@ -2583,7 +2625,9 @@ def run_all() -> bool:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # children of `&` would ignore it
+    # So that the servers end with the tests. SIGINT, because children of `&` would ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if sys.argv[1:2] == ["soak"]:
         return 1 if soak(float(sys.argv[2]) if sys.argv[2:] else 10) else 0
     if sys.argv[1:] == ["bench"]:
