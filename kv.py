@@ -422,13 +422,14 @@ MAX_REMEMBERED_BLOCK = 1024
 remembered_fields = functools.lru_cache(maxsize=256)(parse_fields)
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> bytes:
-    """The Date field's value (RFC 9110 5.6.7), made once a second."""
-    return formatdate(second, usegmt=True).encode()
-
-
-STATUS = {status.value: f"{status.value} {status.phrase}".encode() for status in HTTPStatus}
+@functools.lru_cache(maxsize=16)  # made once a second for each status
+def answer_head(status: int, second: int) -> bytes:
+    """Return what all answers of a second with this status begin with: RFC 9112 4, 9110 6.6.1."""
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        f"Date: {formatdate(second, usegmt=True)}\r\n"
+        "Content-Type: text/plain; charset=utf-8\r\n"
+    ).encode()
 
 
 # ---- Log: lines on stderr ----
@@ -597,16 +598,10 @@ class Handler(BaseHTTPRequestHandler):
             field += b"Connection: close\r\n"
         elif self.request_version == "HTTP/1.0":
             field += b"Connection: keep-alive\r\n"
+        head = answer_head(status, int(time.time()))
+        sent_body = b"" if self.command == "HEAD" else body
         self.connection.sendall(
-            b"HTTP/1.1 %b\r\nDate: %b\r\nContent-Type: text/plain; charset=utf-8\r\n"
-            b"%bContent-Length: %d\r\n\r\n%b"
-            % (
-                STATUS[status],
-                http_date(int(time.time())),
-                field,
-                len(body),
-                b"" if self.command == "HEAD" else body,
-            )
+            b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body)
         )
         self._spared_until = 0.0
         if self.server.verbose:
