@@ -61,7 +61,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote
 
 __version__ = "1.0.0"
 
@@ -314,7 +314,7 @@ REQUEST_LINE = re.compile(
 )
 OTHER_VERSION = re.compile(TOKEN + rb" [^ ]+ HTTP/(?!1\.[01]$)[0-9]\.[0-9]")
 # RFC 9112 5 and RFC 9110 5.5: no white space before the colon, no folding, no control characters.
-FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+FIELD = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
 HOST_VALUE = re.compile(HOST)
 # RFC 9112 7.1.1: the size, then extensions, which are checked and ignored.
 QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'  # RFC 9110 5.6.4
@@ -369,7 +369,7 @@ def parse_field_lines(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
         match = FIELD.fullmatch(line)
         if not match:
             raise Refusal(400, "malformed header field")
-        fields.append((match[1].lower(), match[2].rstrip(b" \t")))
+        fields.append((match[1].lower(), match[2].strip(b" \t")))
     return fields
 
 
@@ -457,14 +457,13 @@ IDLE_SECONDS = 60.0
 # For the whole head of a request, which is one packet normally; for the next piece of a body; for
 # room for the next piece of an answer. Whoever needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
-# A body also keeps up this pace on the whole, which a poor line does, and one byte now and then
-# does not.
+# What a body must come up to on the whole: a poor line does, and one byte now and then does not.
 BODY_BYTES_PER_SECOND = 1024
 # For what a client is still sending when it has been refused.
 LINGER_SECONDS = 5.0
 # For the first request, before the connection may be closed to make room for another.
 FIRST_SECONDS = 1.0
-# For the next request during a shutdown: that of a client in the listen queue has arrived with it.
+# For the next request during a shutdown: a client in the listen queue has normally sent its own.
 QUEUED_SECONDS = 0.1
 # Enough for any request but an upload. Each idle connection has a buffer of this size waiting.
 RECEIVE_SIZE = 8192
@@ -505,6 +504,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True  # unless the end of the request is found
+        if (
+            self._buffer == b"\r\n"
+        ):  # behind a body, see parse_request: the client is idle all the same
+            self._buffer = b""
         if not self._buffer and not self._wait_for_request():
             return
         self.command, self._line = "", b""
@@ -520,9 +523,9 @@ class Handler(BaseHTTPRequestHandler):
                 raise refusal
             getattr(self, "do_" + self.command)()
         except Refusal as refusal:
-            is_end_unknown = self.close_connection
+            linger = self.close_connection  # before the answer, which closes any during a drain
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
-            if is_end_unknown:
+            if linger:
                 self._linger()
         except Closed:
             self._answer(503, b"shutting down\n")
@@ -552,15 +555,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.command not in methods:
             allow = f"Allow: {', '.join(methods)}\r\n".encode()
             return Refusal(405, "method not allowed", allow)
-        self._key = self.path[4:] if is_kv else ""
-        if is_kv:
-            if "%" in self._key:
-                # Latin-1 has a character for every byte, and a key takes only the ASCII ones.
-                self._key = unquote_to_bytes(self._key).decode("latin-1")
-            if not self._key:
-                return Refusal(400, "key cannot be empty")
-            if not KEY.fullmatch(self._key):
-                return Refusal(400, "key contains invalid characters")
+        # Latin-1 has a character for every byte, and a key takes only the ASCII ones.
+        self._key = unquote(self.path[len("/kv/") :], "latin-1") if is_kv else ""
+        if is_kv and not self._key:
+            return Refusal(400, "key cannot be empty")
+        if is_kv and not KEY.fullmatch(self._key):
+            return Refusal(400, "key contains invalid characters")
         return None
 
     def do_GET(self) -> None:
@@ -605,11 +605,8 @@ class Handler(BaseHTTPRequestHandler):
         )
         self._spared_until = 0.0
         if self.server.verbose:
-            self.log_request(status, len(body))
-
-    def log_request(self, code: object = "-", size: object = "-") -> None:
-        # As a representation, because a client can put anything into it; and not of any length.
-        log(f"{self.client_address[0]} {str(self._line)[1:]:.1000} {code} {size}")
+            # As a representation, because a client can put anything into it; and not of any length.
+            log(f"{self.client_address[0]} {str(self._line)[1:]:.1000} {status} {len(body)}")
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -673,14 +670,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read(self, size: int) -> bytearray:
         """Take `size` bytes of a body out of the input."""
-        body = bytearray(self._buffer[:size])
+        body, piece = bytearray(), self._buffer[:size]
         self._buffer = self._buffer[size:]
-        self._deadline += len(body) / BODY_BYTES_PER_SECOND
-        while len(body) < size:
-            piece = self._receive_in_time(min(size - len(body), RECEIVE_BODY_SIZE))
+        while True:
             body += piece
             self._deadline += len(piece) / BODY_BYTES_PER_SECOND
-        return body
+            if len(body) == size:
+                return body
+            piece = self._receive_in_time(min(size - len(body), RECEIVE_BODY_SIZE))
 
     def _receive_in_time(self, size: int) -> bytes:
         """Return up to `size` bytes of an unfinished request, at least one, before the deadline."""
@@ -746,9 +743,9 @@ class Server(ThreadingHTTPServer):
     over the limit waits in the listen queue, and the one that has been idle for longest is closed
     to make room for it.
 
-    The base class's serve_forever, handle_request and shutdown do the accepting and call these
-    hooks: server_bind, get_request, process_request, service_actions, shutdown_request,
-    handle_error.
+    The base classes have the loop that accepts. It calls get_request, process_request and
+    service_actions, and in a worker, process_request_thread makes a Handler, whose constructor
+    serves the connection, and calls shutdown_request, and before that handle_error if need be.
     """
 
     # With the default of 5, a burst of clients is left to the retries of their kernels: 1 s, 3 s,
@@ -836,7 +833,7 @@ class Server(ThreadingHTTPServer):
             if self._connections >= self._max_connections:
                 self._make_room()
                 self._lock.wait(POLL_SECONDS)
-                raise TimeoutError  # which the base class ignores, and looks for its own end
+                raise TimeoutError  # the base class ignores it and looks whether its loop shall end
         try:
             request = super().get_request()
         except OSError:
@@ -889,17 +886,15 @@ class Server(ThreadingHTTPServer):
     # -- The worker threads --
 
     def _work(self) -> None:
-        needed = True
-        while needed:
+        while True:
             job = self._jobs.get()
             if job:
                 self.process_request_thread(*job)
+            # With the lock, or the acceptor would count on a worker that leaves.
             with self._lock:
-                wanted = self._connections + MAX_SPARE_WORKERS
-                needed = job is not None and len(self._workers) <= wanted
-                if not needed:
-                    # With the same lock, or the acceptor would count on a worker that leaves.
+                if not job or len(self._workers) > self._connections + MAX_SPARE_WORKERS:
                     self._workers.remove(threading.current_thread())
+                    return
 
     def shutdown_request(self, request: Any) -> None:
         request.close()
@@ -919,10 +914,10 @@ class Server(ThreadingHTTPServer):
 
 # From the signal to the exit, in seconds: then supervisors, among them the lsfr harness, kill.
 SHUTDOWN_SECONDS = 15.0
-# Of these, what is kept for the last save, besides twice what the longest save so far has taken:
-# the disk may be slower then, or full, and the save has to be tried again.
+# Of these, what is kept for the last save besides the time that saves take: the disk may be slower
+# then, or full, so that the save has to be tried again.
 SAVE_SECONDS = 3.0
-# When to look again: whether all is answered, whether there is a second signal or room on the disk.
+# How often to look whether all is answered, for a second signal, or for room on the disk.
 STEP_SECONDS = 1.0
 
 
@@ -990,9 +985,9 @@ def raise_descriptor_limit() -> int:
 def stay_on_one_core() -> None:
     """Keep all threads on one processor core, where the system can do that.
 
-    Only the thread that has the interpreter lock runs, so a second core has nothing to add, but
-    passing the lock to a thread on another core has to wake that core: with 64 busy connections,
-    half as many requests per second. A random one, as several servers may run here.
+    Only the thread that has the interpreter lock runs, so a second core adds little, but passing
+    the lock to a thread on another core has to wake that core: with 64 busy connections, half as
+    many requests per second. A random one, as several servers may run here.
     """
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it
@@ -1023,7 +1018,7 @@ def shut_down(
     def time_is_left(reserve: float) -> bool:
         # A second signal, which stays pending as nobody takes it, means: no more waiting.
         hurry = signal.sigpending() & stop_signals
-        return not hurry and time.monotonic() - begin + reserve + 2 * longest < SHUTDOWN_SECONDS
+        return not hurry and time.monotonic() - begin + reserve < SHUTDOWN_SECONDS
 
     def try_to_save() -> bool:
         nonlocal longest
@@ -1039,16 +1034,16 @@ def shut_down(
             log(f"saved {len(store)} pairs in {time.monotonic() - start:.2f} s")
         return True
 
-    log(f"draining: {server.in_flight} requests in flight, {len(server.idle)} idle connections")
+    log(f"draining: {server.in_flight} connections in flight, {len(server.idle)} idle")
     server.drain()
     while not server.join(time.monotonic() + STEP_SECONDS):
-        if not time_is_left(SAVE_SECONDS):
+        if not time_is_left(SAVE_SECONDS + 2 * longest):  # for an early save and the last one
             break
         try_to_save()  # early, in case that those in flight take longer than we have
     log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
     store.close()
     while not try_to_save():
-        if not time_is_left(STEP_SECONDS):
+        if not time_is_left(STEP_SECONDS + longest):
             log("not saved: what was written since the last snapshot is lost")
             return 1
         time.sleep(STEP_SECONDS)

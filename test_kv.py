@@ -1123,6 +1123,34 @@ class HTTPTest(KVTest):
                 self.assertEqual(client.receive().status, 413)
                 self.assertTrue(client.is_closed())
 
+    def test_no_head_takes_long_to_refuse(self) -> None:
+        """A search that goes back quadratically would stop all threads for seconds."""
+        server = self.start()
+        n = 8_000
+        for sent in (
+            *(GET + HOST + b"A:" + run * 30_000 + b"\x01\r\n\r\n" for run in (b" ", b"\t", b"a")),
+            *(GET + HOST + run * 15_000 + b"\x01\r\n\r\n" for run in (b"a", b"a:", b": ")),
+            *(
+                GET + b"Host:" + run * 10_000 + b"\x01\r\n\r\n"
+                for run in (b" ", b"a", b"%41", b":")
+            ),
+            *(b"GET /" + run * (n // len(run)) + b"\x01\r\n\r\n" for run in (b"a", b"%41", b"?a")),
+            *(
+                b"GET http://" + run * (n // len(run)) + b"\r\n\r\n"
+                for run in (b"a", b"%41", b":1")
+            ),
+            *(b"G" * n + end for end in (b"\r\n\r\n", b" / HTTP/9.9\r\n\r\n")),
+            *(
+                CHUNKED + b"1" + run * (n // len(run)) + b"\x01\r\n"
+                for run in (b" ", b";a", b"; a =b ", b';a="', b';a="\\', b"1", b";a=b")
+            ),
+        ):
+            with server.connect() as client:
+                begin = time.monotonic()
+                client.send(sent)
+                self.assertIn(client.receive().status, (400, 413, 414, 431, 505))
+                self.assertLess(time.monotonic() - begin, 1.0, sent[:60])
+
     def test_pipelined_requests_split_anywhere(self) -> None:
         server = self.start()
         stream = put("a", "päivää") + CHUNKED + b"3\r\nabc\r\n0\r\n\r\n" + request("GET", "/kv/a")
@@ -1527,6 +1555,14 @@ class ShutdownTest(KVTest):
         self.assertEqual(server.exit_code(5), 0)
         self.assertTrue(all(client.is_closed() for client in clients))
 
+    def test_an_empty_line_behind_a_body_leaves_the_connection_idle(self) -> None:
+        server = self.start()
+        client = self.client(server)
+        client.send(put("a", "1") + b"\r\n")
+        self.assertEqual(client.receive().status, 200)
+        server.send_signal()
+        self.assertEqual(server.exit_code(3), 0)
+
     def test_everything_on_the_wire_is_answered_and_saved(self) -> None:
         """Stopped, the server accepts nothing: 200 connections are in the listen queue."""
         server = self.start()
@@ -1566,7 +1602,7 @@ class ShutdownTest(KVTest):
         server = self.start()
         client = self.begin_upload(server, "slow")
         server.send_signal()
-        server.wait_for_log("draining: 1 requests in flight")
+        server.wait_for_log("draining: 1 connections in flight")
         wait_until(lambda: not listens(server.port), "new connections are refused")
         client.send(b"e")
         answer = client.receive()
@@ -1581,7 +1617,7 @@ class ShutdownTest(KVTest):
         client.send(request("PUT", path, b"value")[:-1])
         late = self.begin_upload(server, "late")  # by then the other one is in flight, too
         server.send_signal()
-        server.wait_for_log("draining: 2 requests in flight")
+        server.wait_for_log("draining: 2 connections in flight")
         client.send(b"e")
         late.send(b"e")
         self.assertEqual(client.receive().status, 404)
@@ -1669,69 +1705,77 @@ class ShutdownTest(KVTest):
         self.assertGreater(report.acknowledged, 500)
 
 
-class StubbornServer:
-    """For shut_down(): a server with a request in flight that does not end."""
-
-    in_flight, idle = 1, ()
-
-    def drain(self) -> None: ...
-
-    def join(self, until: float) -> bool:
-        time.sleep(max(0.0, until - time.monotonic()))
-        return False
-
-
 class ShutdownStepsTest(unittest.TestCase):
     """What no process can be made to show in time: the steps alone, a tenth as long."""
 
-    def shut_down(self, store: kv.Store, *saves: float | Exception) -> tuple[int, list[float]]:
-        """Each save takes so many seconds, the further ones none, or fails; when each began."""
-        begin = time.monotonic()
-        begins: list[float] = []
+    def shut_down(
+        self, save: Callable[[int], None], drained: bool = False
+    ) -> tuple[int, int, float]:
+        """Return the exit code, how often was saved, and how long it took.
 
-        def save(directory: int, pairs: dict[str, str]) -> None:
-            begins.append(time.monotonic() - begin)
-            outcome = saves[len(begins) - 1] if len(begins) <= len(saves) else 0.0
-            if isinstance(outcome, Exception):
-                raise outcome
-            time.sleep(outcome)
+        `save` is called with the number of the save, and shut_down() with a server whose requests
+        have all ended, or go on for ever.
+        """
+        numbers = itertools.count()
 
-        with (
-            unittest.mock.patch.multiple(
-                kv, SHUTDOWN_SECONDS=1.5, SAVE_SECONDS=0.3, STEP_SECONDS=0.1, save_snapshot=save
-            ),
-            unittest.mock.patch("sys.stderr", None),
-        ):
-            code = kv.shut_down(cast(kv.Server, StubbornServer()), store, -1, set())
-        return code, begins
+        class Server:
+            in_flight, idle = 1, ()
 
-    def test_waits_for_what_is_in_flight_until_there_is_just_time_for_a_save(self) -> None:
+            def drain(self) -> None: ...
+
+            def join(self, until: float) -> bool:
+                time.sleep(0 if drained else max(0.0, until - time.monotonic()))
+                return drained
+
         store = kv.Store({})
         store.put("a", "1")
         begin = time.monotonic()
-        self.assertEqual(self.shut_down(store)[0], 0)
-        self.assertAlmostEqual(time.monotonic() - begin, 1.2, delta=0.15)
+        with unittest.mock.patch.multiple(
+            kv,
+            SHUTDOWN_SECONDS=1.5,
+            SAVE_SECONDS=0.3,
+            STEP_SECONDS=0.1,
+            log=lambda message: None,
+            save_snapshot=lambda directory, pairs: save(next(numbers)),
+        ):
+            code = kv.shut_down(cast(kv.Server, Server()), store, -1, set())
+        return code, next(numbers), time.monotonic() - begin
+
+    def test_waits_for_what_is_in_flight_until_there_is_just_time_for_a_save(self) -> None:
+        code, _, seconds = self.shut_down(lambda number: None)
+        self.assertEqual(code, 0)
+        self.assertAlmostEqual(seconds, 1.2, delta=0.15)
 
     def test_the_longer_a_save_takes_the_more_time_is_kept_for_the_last_one(self) -> None:
         """Also when there was nothing to save in between."""
-        store = kv.Store({})
-        store.put("a", "1")
-        begin = time.monotonic()
-        self.assertEqual(self.shut_down(store, 0.3)[0], 0)
-        self.assertAlmostEqual(time.monotonic() - begin, 0.6, delta=0.15)
+        code, _, seconds = self.shut_down(lambda number: time.sleep(0.3))
+        self.assertEqual(code, 0)
+        self.assertAlmostEqual(seconds, 0.6, delta=0.15)
 
     def test_a_save_for_which_memory_is_short_is_tried_again(self) -> None:
-        store = kv.Store({})
-        store.put("a", "1")
-        code, begins = self.shut_down(store, MemoryError(), OSError())
-        self.assertEqual((code, len(begins)), (0, 3))
+        def save(number: int) -> None:
+            if number < 2:
+                raise (MemoryError, OSError)[number]
+
+        code, saves, _ = self.shut_down(save)
+        self.assertEqual((code, saves), (0, 3))
+
+    def test_after_a_slow_failure_there_is_another_try_if_there_is_time(self) -> None:
+        def save(number: int) -> None:
+            time.sleep(0.5)
+            raise OSError
+
+        code, saves, seconds = self.shut_down(save, drained=True)
+        self.assertEqual((code, saves), (1, 2))
+        self.assertAlmostEqual(seconds, 1.1, delta=0.15)
 
     def test_a_save_that_always_fails_is_reported_in_time(self) -> None:
-        store = kv.Store({})
-        store.put("a", "1")
-        begin = time.monotonic()
-        self.assertEqual(self.shut_down(store, *[OSError()] * 100)[0], 1)
-        self.assertTrue(1.2 < time.monotonic() - begin < 1.5)
+        def save(number: int) -> None:
+            raise OSError
+
+        code, _, seconds = self.shut_down(save)
+        self.assertEqual(code, 1)
+        self.assertTrue(1.2 < seconds < 1.5)
 
 
 class FailingSaveTest(KVTest):
