@@ -504,9 +504,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True  # unless the end of the request is found
-        if (
-            self._buffer == b"\r\n"
-        ):  # behind a body, see parse_request: the client is idle all the same
+        if self._buffer == b"\r\n":  # the empty line that parse_request allows: still idle
             self._buffer = b""
         if not self._buffer and not self._wait_for_request():
             return
@@ -833,7 +831,7 @@ class Server(ThreadingHTTPServer):
             if self._connections >= self._max_connections:
                 self._make_room()
                 self._lock.wait(POLL_SECONDS)
-                raise TimeoutError  # the base class ignores it and looks whether its loop shall end
+                raise TimeoutError  # the base class ignores it, and looks whether it shall end
         try:
             request = super().get_request()
         except OSError:
