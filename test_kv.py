@@ -2669,9 +2669,7 @@ def run_all() -> bool:
 
 
 def main() -> int:
-    # So that the servers end with the tests. SIGINT, because children of `&` would ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children of `&` would ignore it
     if sys.argv[1:2] == ["soak"]:
         return 1 if soak(float(sys.argv[2]) if sys.argv[2:] else 10) else 0
     if sys.argv[1:] == ["bench"]:
