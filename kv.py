@@ -451,7 +451,7 @@ def log(message: str) -> None:
 
 # ---- Handler: one connection ----
 
-# How long a worker waits for a client, in seconds. An idle connection costs a thread and 30 KB, so
+# How long a worker waits for a client, in seconds. An idle connection costs a thread and 25 KB, so
 # it may stay about as long as a person thinks between two requests.
 IDLE_SECONDS = 60.0
 # For the whole head of a request, which is one packet normally; for the next piece of a body; for
