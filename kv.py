@@ -192,7 +192,7 @@ def check_opcodes(pickled: memoryview) -> None:
     at = start.end()
     try:
         while True:
-            while pickled[at] == short_string:  # nearly all there is
+            while pickled[at] == short_string:  # a loop of its own for nearly all there is
                 at += 2 + pickled[at + 1]
             opcode = pickled[at]
             if opcode in single_bytes:
@@ -534,7 +534,8 @@ class Handler(BaseHTTPRequestHandler):
         True, as the base class has it; a request that is not to be served raises Refusal.
         """
         self._deadline = time.monotonic() + STALL_SECONDS
-        head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + len(HEAD_END))
+        # Two line ends: one between the two parts, and one of an empty line in front.
+        head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + 2 * len(b"\r\n"))
         self._line, _, block = head.partition(b"\r\n")
         if not self._line:  # RFC 9112 2.2: some clients send an empty line behind a body
             self._line, _, block = block.partition(b"\r\n")
@@ -726,7 +727,7 @@ POLL_SECONDS = 0.1
 # the connections; more would keep the memory of a burst for good.
 MAX_SPARE_WORKERS = 64
 # Each connection has a thread: 4,000 take 100 MB. When all of them wake at once, they queue for the
-# interpreter lock, and the more they are, the longer the kernel takes to find the next one: a
+# interpreter lock, and the more they are, the longer the kernel may take to wake the next one: a
 # shutdown with 10,000 took up to 20 s. Further connections wait in the listen queue.
 MAX_CONNECTIONS = 4_000
 # Descriptors kept for other things: standard streams, listener, directory, snapshot, and some that
@@ -902,10 +903,10 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a mistake in this program, or no memory, and keep serving the others."""
-        _, error, trace = sys.exc_info()
-        while trace and trace.tb_next:
+        error, trace = cast(Any, sys.exc_info()[1:])
+        while trace.tb_next:  # up to the line that raised it
             trace = trace.tb_next
-        log(f"error: {error!r} in line {trace.tb_lineno if trace else 0}")
+        log(f"error: {error!r} in line {trace.tb_lineno}")
 
 
 # ---- Process: arguments, working directory, signals, and the order of a shutdown ----
@@ -953,7 +954,7 @@ def open_working_directory(path: str) -> int:
 
     Raises OSError if a save would fail there: found out now rather than at the shutdown.
     """
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
         os.makedirs(path)
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     # The kernel gives the lock back however the process ends, so none is ever left behind.

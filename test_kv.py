@@ -723,7 +723,8 @@ HOST = b"Host: x\r\n"
 CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
 END = b"\r\n"
 
-# fmt: off (a rule is a line, or two)
+# A rule is a line, two, or three.
+# fmt: off
 RULES = [
     # The request line
     Rule("3", "a plain request", GET + HOST + END, "200 open"),
@@ -737,13 +738,14 @@ RULES = [
     Rule("3", "nothing but garbage", b"\x16\x03\x01\x02\x00\x01\r\n\r\n", "400 closed"),
     Rule("3", "too long", b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", "414 closed"),
     Rule("3", "too long, without an end", b"GET /" + b"x" * 42_000, "414 closed"),
-    Rule(
-        "3.1", "a method that is no token", b"G(T /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"
-    ),
+    Rule("3", "the longest head, behind an empty line",
+         END + b"GET /health?" + b"x" * (8192 - 21) + b" HTTP/1.1\r\n"
+         + HOST + b"A: " + b"x" * (32_768 - 12) + END * 2, "200 open"),
+    Rule("3.1", "a method that is no token",
+         b"G(T /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.1", "an unknown method", b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
-    Rule(
-        "3.1", "methods are case-sensitive", b"get /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"
-    ),
+    Rule("3.1", "methods are case-sensitive",
+         b"get /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
     Rule("2.3", "HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", "505 closed"),
     Rule("2.3", "HTTP/1.2", b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n", "505 closed"),
     Rule("2.3", "HTTP/0.9", b"GET /health HTTP/0.9\r\nHost: x\r\n\r\n", "505 closed"),
@@ -765,18 +767,16 @@ RULES = [
     Rule("3.2.1", "percent and no digits", b"GET /kv/% HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.1", "percent, one digit", b"GET /kv/%4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.1", "percent, not hex", b"GET /kv/%4g HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule(
-        "3.2.1", "in the query, too", b"GET /health?%zz HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"
-    ),
+    Rule("3.2.1", "in the query, too",
+         b"GET /health?%zz HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.2", "absolute", b"GET http://a.b:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
     Rule("3.2.2", "https", b"GET HTTPS://[::1]/health?q HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
     Rule("3.2.2", "without a path", b"GET http://a HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
     Rule("3.2.2", "only a query", b"GET http://a?/health HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
     Rule("3.2.2", "needs Host, too", b"GET http://a/health HTTP/1.1\r\n\r\n", "400 closed"),
     Rule("3.2.2", "no host", b"GET http:///health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule(
-        "3.2.2", "only a port", b"GET http://:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"
-    ),
+    Rule("3.2.2", "only a port",
+         b"GET http://:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.2", "user name", b"GET http://u@a/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.2", "other scheme", b"GET ftp://a/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.3", "authority-form", b"CONNECT a:80 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
@@ -833,86 +833,44 @@ RULES = [
     Rule("6.3", "empty", PUT + b"Content-Length:\r\n\r\nvalue", "400 closed"),
     Rule("6.3", "a list", PUT + b"Content-Length: 5, 5\r\n\r\nvalue", "400 closed"),
     Rule("6.3", "repeated, same", PUT + b"Content-Length: 5\r\n" * 2 + b"\r\nvalue", "200 open"),
-    Rule(
-        "6.3",
-        "and other",
-        PUT + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nvalue",
-        "400 closed",
-    ),
+    Rule("6.3", "and other",
+         PUT + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nvalue", "400 closed"),
     Rule("9110 8.6", "too large", PUT + b"Content-Length: 10485761\r\n\r\n", "413 closed"),
-    Rule(
-        "9110 8.6", "5,000 digits", PUT + b"Content-Length: " + b"9" * 5000 + END * 2, "413 closed"
-    ),
-    Rule(
-        "9110 8.6", "also with GET", GET + HOST + b"Content-Length: 10485761\r\n\r\n", "413 closed"
-    ),
+    Rule("9110 8.6", "5,000 digits",
+         PUT + b"Content-Length: " + b"9" * 5000 + END * 2, "413 closed"),
+    Rule("9110 8.6", "also with GET",
+         GET + HOST + b"Content-Length: 10485761\r\n\r\n", "413 closed"),
     Rule("9110 8.6", "with GET", GET + HOST + b"Content-Length: 5\r\n\r\nvalue", "200 open"),
-    Rule(
-        "9110 9.3.5",
-        "with DELETE",
-        b"DELETE /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab",
-        "200 open",
-    ),
-    Rule(
-        "6.3",
-        "a request inside an unwanted body",
-        b"POST /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 33\r\n\r\n" + GET + HOST + END,
-        "405 open",
-    ),
+    Rule("9110 9.3.5", "with DELETE",
+         b"DELETE /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab", "200 open"),
+    Rule("6.3", "a request inside an unwanted body",
+         b"POST /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 33\r\n\r\n" + GET + HOST + END,
+         "405 open"),
     Rule("6.3", "none", PUT + END, "400 open"),
     # Transfer-Encoding
-    Rule(
-        "6.1",
-        "with Content-Length",
-        PUT + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        "400 closed",
-    ),
-    Rule(
-        "6.1",
-        "in HTTP/1.0",
-        b"PUT /kv/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        "400 closed",
-    ),
+    Rule("6.1", "with Content-Length",
+         PUT + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400 closed"),
+    Rule("6.1", "in HTTP/1.0",
+         b"PUT /kv/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400 closed"),
     Rule("6.1", "gzip", PUT + b"Transfer-Encoding: gzip\r\n\r\n", "501 closed"),
-    Rule(
-        "6.1",
-        "gzip, chunked",
-        PUT + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-        "501 closed",
-    ),
-    Rule(
-        "6.1",
-        "chunked twice",
-        PUT + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n",
-        "501 closed",
-    ),
+    Rule("6.1", "gzip, chunked",
+         PUT + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", "501 closed"),
+    Rule("6.1", "chunked twice",
+         PUT + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n", "501 closed"),
     Rule("6.1", "identity", PUT + b"Transfer-Encoding: identity\r\n\r\n", "501 closed"),
-    Rule(
-        "6.1", "almost chunked", PUT + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", "501 closed"
-    ),
-    Rule(
-        "6.1",
-        "with a vertical tab",
-        PUT + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
-        "400 closed",
-    ),
+    Rule("6.1", "almost chunked",
+         PUT + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", "501 closed"),
+    Rule("6.1", "with a vertical tab",
+         PUT + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", "400 closed"),
     Rule("6.1", "empty", PUT + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n", "501 closed"),
-    Rule(
-        "6.1",
-        "in any case",
-        PUT + b"transfer-encoding: CHUNKED\r\n\r\n1\r\na\r\n0\r\n\r\n",
-        "200 open",
-    ),
+    Rule("6.1", "in any case",
+         PUT + b"transfer-encoding: CHUNKED\r\n\r\n1\r\na\r\n0\r\n\r\n", "200 open"),
     # Chunks
     Rule("7.1", "two chunks", CHUNKED + b"5\r\nvalue\r\nA\r\n0123456789\r\n0\r\n\r\n", "200 open"),
     Rule("7.1", "leading zeros", CHUNKED + b"0001\r\na\r\n000\r\n\r\n", "200 open"),
     Rule("7.1", "an empty body", CHUNKED + b"0\r\n\r\n", "400 open"),
-    Rule(
-        "7.1",
-        "an unwanted body",
-        CHUNKED.replace(b"PUT", b"POST") + b"1\r\na\r\n0\r\n\r\n",
-        "405 open",
-    ),
+    Rule("7.1", "an unwanted body",
+         CHUNKED.replace(b"PUT", b"POST") + b"1\r\na\r\n0\r\n\r\n", "405 open"),
     Rule("7.1", "no size", CHUNKED + b"\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "size not hexadecimal", CHUNKED + b"g\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "size with a prefix", CHUNKED + b"0x1\r\na\r\n0\r\n\r\n", "400 closed"),
@@ -928,129 +886,63 @@ RULES = [
     Rule("7.1", "LF behind the data", CHUNKED + b"1\r\na\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "only LF", CHUNKED + b"1\na\n0\n\n", "400 closed"),
     Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
-    Rule(
-        "7.1",
-        "together too large",
-        CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n",
-        "413 closed",
-    ),
+    Rule("7.1", "together too large",
+         CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n", "413 closed"),
     Rule("7.1", "one too large", CHUNKED + b"A00001\r\n", "413 closed"),
-    Rule(
-        "7.1.1",
-        "extensions",
-        CHUNKED + b'1;a\r\na\r\n1 ; b = "c\\"; d" ;e=f\r\nb\r\n0;g\r\n\r\n',
-        "200 open",
-    ),
+    Rule("7.1.1", "extensions",
+         CHUNKED + b'1;a\r\na\r\n1 ; b = "c\\"; d" ;e=f\r\nb\r\n0;g\r\n\r\n', "200 open"),
     Rule("7.1.1", "an empty extension", CHUNKED + b"1;\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1.1", "CR in an extension", CHUNKED + b"1;a=\rb\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1.1", "LF in an extension", CHUNKED + b"1;a\nb\r\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1.1", "no end of quotation", CHUNKED + b'1;a="b\r\na\r\n0\r\n\r\n', "400 closed"),
-    Rule(
-        "7.1.1",
-        "20 KB of extensions",
-        CHUNKED + b"1;a=" + b"b" * 20_000 + b"\r\na\r\n0\r\n\r\n",
-        "431 closed",
-    ),
-    Rule(
-        "7.1.2",
-        "a trailer",
-        CHUNKED + b"1\r\na\r\n0\r\nA: b\r\nContent-Length: 9\r\n\r\n",
-        "200 open",
-    ),
+    Rule("7.1.1", "20 KB of extensions",
+         CHUNKED + b"1;a=" + b"b" * 20_000 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
+    Rule("7.1.2", "a trailer",
+         CHUNKED + b"1\r\na\r\n0\r\nA: b\r\nContent-Length: 9\r\n\r\n", "200 open"),
     Rule("7.1.2", "a malformed one", CHUNKED + b"1\r\na\r\n0\r\nA : b\r\n\r\n", "400 closed"),
     Rule("7.1.2", "a folded one", CHUNKED + b"1\r\na\r\n0\r\nA: b\r\n c\r\n\r\n", "400 closed"),
-    Rule(
-        "7.1.2", "101 fields", CHUNKED + b"1\r\na\r\n0\r\n" + b"A: b\r\n" * 101 + END, "431 closed"
-    ),
+    Rule("7.1.2", "101 fields",
+         CHUNKED + b"1\r\na\r\n0\r\n" + b"A: b\r\n" * 101 + END, "431 closed"),
     Rule("7.1.2", "20 KB in a line", CHUNKED + b"0\r\nA: " + b"b" * 20_000 + END * 2, "431 closed"),
     # What happens to the connection
     Rule("9.3", "close", GET + HOST + b"Connection: close\r\n\r\n", "200 closed"),
-    Rule(
-        "9.3", "close among others", GET + HOST + b"Connection: a,\tClose ,b\r\n\r\n", "200 closed"
-    ),
-    Rule(
-        "9.3",
-        "in a second line",
-        GET + HOST + b"Connection: a\r\nConnection: close\r\n\r\n",
-        "200 closed",
-    ),
+    Rule("9.3", "close among others",
+         GET + HOST + b"Connection: a,\tClose ,b\r\n\r\n", "200 closed"),
+    Rule("9.3", "in a second line",
+         GET + HOST + b"Connection: a\r\nConnection: close\r\n\r\n", "200 closed"),
     Rule("9.3", "keep-alive", GET + HOST + b"Connection: keep-alive\r\n\r\n", "200 open"),
     Rule("9.3", "HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", "200 closed"),
-    Rule(
-        "9.3",
-        "HTTP/1.0, keep-alive",
-        b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
-        "200 open",
-    ),
+    Rule("9.3", "HTTP/1.0, keep-alive",
+         b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "200 open"),
     Rule("9.3", "both", GET + HOST + b"Connection: keep-alive, close\r\n\r\n", "200 closed"),
     Rule("9.3.2", "pipelining", (GET + HOST + END) * 50, "200 " * 50 + "open"),
-    Rule(
-        "9.3.2",
-        "with bodies",
-        (PUT + b"Content-Length: 2\r\n\r\nab") * 3 + GET + HOST + END,
-        "200 200 200 200 open",
-    ),
-    Rule(
-        "9.3.2",
-        "an error in between",
-        GET + HOST + END + b"?\r\n\r\n" + GET + HOST + END,
-        "200 400 closed",
-    ),
-    Rule(
-        "9.6",
-        "nothing behind close",
-        GET + HOST + b"Connection: close\r\n\r\n" + GET + HOST + END,
-        "200 closed",
-    ),
+    Rule("9.3.2", "with bodies",
+         (PUT + b"Content-Length: 2\r\n\r\nab") * 3 + GET + HOST + END, "200 200 200 200 open"),
+    Rule("9.3.2", "an error in between",
+         GET + HOST + END + b"?\r\n\r\n" + GET + HOST + END, "200 400 closed"),
+    Rule("9.6", "nothing behind close",
+         GET + HOST + b"Connection: close\r\n\r\n" + GET + HOST + END, "200 closed"),
     # Expect
-    Rule(
-        "9110 10.1.1", "continue", PUT + b"Content-Length: 1\r\nExpect: 100-Continue\r\n\r\n", "100"
-    ),
-    Rule(
-        "9110 10.1.1",
-        "and chunks",
-        PUT + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n",
-        "100",
-    ),
-    Rule(
-        "9110 10.1.1",
-        "body on the way",
-        PUT + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\na",
-        "200 open",
-    ),
+    Rule("9110 10.1.1", "continue",
+         PUT + b"Content-Length: 1\r\nExpect: 100-Continue\r\n\r\n", "100"),
+    Rule("9110 10.1.1", "and chunks",
+         PUT + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n", "100"),
+    Rule("9110 10.1.1", "body on the way",
+         PUT + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\na", "200 open"),
     Rule("9110 10.1.1", "no body", GET + HOST + b"Expect: 100-continue\r\n\r\n", "200 open"),
-    Rule(
-        "9110 10.1.1",
-        "too large",
-        PUT + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n",
-        "413 closed",
-    ),
-    Rule(
-        "9110 10.1.1",
-        "wrong key",
-        PUT.replace(b"rule", b"!") + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\n",
-        "400 closed",
-    ),
+    Rule("9110 10.1.1", "too large",
+         PUT + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n", "413 closed"),
+    Rule("9110 10.1.1", "wrong key",
+         PUT.replace(b"rule", b"!") + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\n",
+         "400 closed"),
     Rule("9110 10.1.1", "none", GET + HOST + b"Expect:\r\n\r\n", "200 open"),
-    Rule(
-        "9110 10.1.1",
-        "twice",
-        GET + HOST + b"Expect: 100-continue,,100-continue\r\n\r\n",
-        "200 open",
-    ),
+    Rule("9110 10.1.1", "twice",
+         GET + HOST + b"Expect: 100-continue,,100-continue\r\n\r\n", "200 open"),
     Rule("9110 10.1.1", "another", GET + HOST + b"Expect: cake\r\n\r\n", "417 closed"),
-    Rule(
-        "9110 10.1.1",
-        "one of two",
-        GET + HOST + b"Expect: 100-continue\r\nExpect: cake\r\n\r\n",
-        "417 closed",
-    ),
-    Rule(
-        "9110 10.1.1",
-        "ignored in HTTP/1.0",
-        b"PUT /kv/a HTTP/1.0\r\nContent-Length: 0\r\nExpect: 100-continue\r\n\r\n",
-        "400 closed",
-    ),
+    Rule("9110 10.1.1", "one of two",
+         GET + HOST + b"Expect: 100-continue\r\nExpect: cake\r\n\r\n", "417 closed"),
+    Rule("9110 10.1.1", "ignored in HTTP/1.0",
+         b"PUT /kv/a HTTP/1.0\r\nContent-Length: 0\r\nExpect: 100-continue\r\n\r\n", "400 closed"),
 ]
 # fmt: on
 
