@@ -39,7 +39,7 @@ import threading
 import time
 import unittest
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -1229,7 +1229,7 @@ class ServerTest(KVTest):
             begin = time.monotonic()
             self.assertEqual(server.request("GET", "/health").status, 200)
             slowest = max(slowest, time.monotonic() - begin)
-        self.assertLess(slowest, 1.0)  # it is 0.1 s on a machine that has nothing else to do
+        self.assertLess(slowest, 5.0)  # it is 0.1 s on a machine that has nothing else to do
 
     @on_linux
     def test_a_burst_leaves_nothing_behind(self) -> None:
@@ -1489,7 +1489,7 @@ class ShutdownTest(KVTest):
             self.addCleanup(clients.kill)
             wait_until(functools.partial(is_queue_long, server.port), "clients are waiting")
             server.send_signal()
-            self.assertEqual(server.exit_code(2), 0)
+            self.assertEqual(server.exit_code(5), 0)
 
     def test_a_slow_upload_finishes_and_is_saved(self) -> None:
         server = self.start()
@@ -1506,9 +1506,10 @@ class ShutdownTest(KVTest):
     def test_a_refused_client_that_stays_does_not_delay_the_exit(self) -> None:
         server = self.start()
         client = self.client(server)
-        path = "/other"  # not found, but first comes the body
-        client.send(request("PUT", path, b"value")[:-1])
-        late = self.begin_upload(server, "late")  # by then the other one is in flight, too
+        # Two in a packet: after the first answer, the server has begun with the second.
+        client.send(request("GET", "/health") + request("GET", "/other", b"value")[:-1])
+        client.receive()
+        late = self.begin_upload(server, "late")
         server.send_signal()
         server.wait_for_log("draining: 2 connections in flight")
         client.send(b"e")
@@ -1599,17 +1600,29 @@ class ShutdownTest(KVTest):
 
 
 class ShutdownStepsTest(unittest.TestCase):
-    """What no process can be made to show in time: the steps alone, a tenth as long."""
+    """How long each step waits, by a clock that moves only when something waits or saves."""
 
     def shut_down(
-        self, save: Callable[[int], None], drained: bool = False
-    ) -> tuple[int, int, float]:
-        """Return the exit code, how often was saved, and how long it took.
+        self, seconds: float = 0, errors: Iterable[Exception] = (), drained: bool = False
+    ) -> tuple[int, list[float]]:
+        """Return the exit code, and when each try to save ended and, at last, the whole.
 
-        `save` is called with the number of the save, and shut_down() with a server whose requests
+        Each try takes some seconds, and the first ones end with `errors`. The requests in flight
         have all ended, or go on for ever.
         """
-        numbers = itertools.count()
+        now = 0.0
+        ended: list[float] = []
+        outcomes = itertools.chain(errors, itertools.repeat(None))
+
+        class Clock:
+            @staticmethod
+            def monotonic() -> float:
+                return now
+
+            @staticmethod
+            def sleep(seconds: float) -> None:
+                nonlocal now
+                now += seconds
 
         class Server:
             in_flight, idle = 1, ()
@@ -1617,58 +1630,40 @@ class ShutdownStepsTest(unittest.TestCase):
             def drain(self) -> None: ...
 
             def join(self, until: float) -> bool:
-                time.sleep(0 if drained else max(0.0, until - time.monotonic()))
+                Clock.sleep(0 if drained else until - now)
                 return drained
+
+        def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
+            Clock.sleep(seconds)
+            ended.append(now)
+            if error := next(outcomes):
+                raise error
 
         store = kv.Store({})
         store.put("a", "1")
-        begin = time.monotonic()
         with unittest.mock.patch.multiple(
-            kv,
-            SHUTDOWN_SECONDS=1.5,
-            SAVE_SECONDS=0.3,
-            STEP_SECONDS=0.1,
-            log=lambda message: None,
-            save_snapshot=lambda directory, pairs: save(next(numbers)),
+            kv, time=Clock, log=lambda message: None, save_snapshot=save_snapshot
         ):
             code = kv.shut_down(cast(kv.Server, Server()), store, -1, set())
-        return code, next(numbers), time.monotonic() - begin
+        return code, [*ended, now]
 
     def test_waits_for_what_is_in_flight_until_there_is_just_time_for_a_save(self) -> None:
-        code, _, seconds = self.shut_down(lambda number: None)
-        self.assertEqual(code, 0)
-        self.assertAlmostEqual(seconds, 1.2, delta=0.15)
+        self.assertEqual(self.shut_down(), (0, [1, 12]))
 
     def test_the_longer_a_save_takes_the_more_time_is_kept_for_the_last_one(self) -> None:
         """Also when there was nothing to save in between."""
-        code, _, seconds = self.shut_down(lambda number: time.sleep(0.3))
-        self.assertEqual(code, 0)
-        self.assertAlmostEqual(seconds, 0.6, delta=0.15)
+        self.assertEqual(self.shut_down(seconds=3), (0, [4, 6]))
 
     def test_a_save_for_which_memory_is_short_is_tried_again(self) -> None:
-        def save(number: int) -> None:
-            if number < 2:
-                raise (MemoryError, OSError)[number]
-
-        code, saves, _ = self.shut_down(save)
-        self.assertEqual((code, saves), (0, 3))
+        self.assertEqual(self.shut_down(errors=[MemoryError(), OSError()]), (0, [1, 2, 3, 12]))
 
     def test_after_a_slow_failure_there_is_another_try_if_there_is_time(self) -> None:
-        def save(number: int) -> None:
-            time.sleep(0.5)
-            raise OSError
-
-        code, saves, seconds = self.shut_down(save, drained=True)
-        self.assertEqual((code, saves), (1, 2))
-        self.assertAlmostEqual(seconds, 1.1, delta=0.15)
+        outcome = self.shut_down(seconds=5, errors=itertools.repeat(OSError()), drained=True)
+        self.assertEqual(outcome, (1, [5, 11, 11]))
 
     def test_a_save_that_always_fails_is_reported_in_time(self) -> None:
-        def save(number: int) -> None:
-            raise OSError
-
-        code, _, seconds = self.shut_down(save)
-        self.assertEqual(code, 1)
-        self.assertTrue(1.2 < seconds < 1.5)
+        outcome = self.shut_down(errors=itertools.repeat(OSError()))
+        self.assertEqual(outcome, (1, [*range(1, 15), 14]))
 
 
 class FailingSaveTest(KVTest):
@@ -1748,21 +1743,31 @@ class FailingSaveTest(KVTest):
 
     def test_sigkill_at_any_moment_of_a_save_leaves_a_whole_snapshot(self) -> None:
         old = {f"key{number}": "value" * 20 for number in range(50_000)}
-        self.write_snapshot(old)
-        chance = random.Random(1)
-        outcomes: collections.Counter[int] = collections.Counter()
-        for _ in range(20):
+
+        def begin_shutdown() -> ServerProcess:
+            self.write_snapshot(old)
             server = self.start()
             server.request("PUT", "/kv/new", b"1")
             server.send_signal()
             server.wait_for_log("draining")
-            time.sleep(chance.uniform(0, 0.3))  # the moment is left to chance
+            return server
+
+        server = begin_shutdown()
+        begin = time.monotonic()
+        server.wait_for_log("saved")
+        seconds = time.monotonic() - begin
+        self.assertEqual(server.exit_code(), 0)
+
+        chance = random.Random(1)
+        outcomes: collections.Counter[int] = collections.Counter()
+        for _ in range(20):
+            server = begin_shutdown()
+            time.sleep(chance.uniform(0, 2 * seconds))  # the moment is left to chance
             server.send_signal(signal.SIGKILL)
             server.exit_code()
             pairs = self.read_snapshot()
             self.assertIn(pairs, (old, {**old, "new": "1"}))
             outcomes[len(pairs)] += 1
-            self.write_snapshot(old)
         self.assertEqual(len(outcomes), 2, "neither all before nor all after the rename")
 
 
@@ -1921,7 +1926,8 @@ class CommandLineTest(KVTest):
         self.assert_refuses_to_start("extra", "extra")
         self.assert_refuses_to_start("--verbose", "--verbose=1")
         self.assert_refuses_to_start("--host", "--host")
-        self.assert_refuses_to_start("cannot listen on x.invalid", "--host=x.invalid")
+        # Not x.invalid, for which the system would ask a name server.
+        self.assert_refuses_to_start("cannot listen on fe80::1%x", "--host=fe80::1%x")
         self.assert_refuses_to_start("cannot listen on", "--host=" + "x" * 100)
         self.assert_refuses_to_start("cannot listen on 203.0.113.1", "--host=203.0.113.1")
         self.assert_refuses_to_start("working directory", "--working-dir=")
@@ -2005,14 +2011,16 @@ class CommandLineTest(KVTest):
 
     def test_requests_are_logged_with_verbose(self) -> None:
         server = self.start("--verbose")
-        server.request("PUT", "/kv/a", b"1")
-        server.request("GET", "/kv/a?\x1b[31m")
-        server.request("GET", "/kv/" + "x" * 8000)
+        # On one connection: the line follows the answer, so those of two could change places.
+        with server.connect() as client:
+            client.request("PUT", "/kv/a", b"1")
+            client.request("GET", "/kv/" + "x" * 8000)
+            client.request("GET", "/kv/a?\x1b[31m")
         self.assertEqual(server.stop(), 0)
-        lines = server.log.split("\n")
-        self.assertEqual(lines[1], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
+        lines = [line for line in server.log.split("\n") if line.startswith("kv.py: 127.0.0.1 ")]
+        self.assertEqual(lines[0], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
+        self.assertLess(len(lines[1]), 2000)
         self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
-        self.assertLess(len(lines[3]), 2000)
 
     def log_into_a_pipe(self, *command: str) -> tuple[subprocess.Popen[bytes], int, int]:
         """Return the server, its port, and the reading end of its log."""
