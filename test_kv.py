@@ -2184,9 +2184,9 @@ class ReadmeTest(KVTest):
 
     def setUp(self) -> None:
         super().setUp()
+        self.directory.mkdir()
         for name in ("kv.py", "run.sh", "README.md"):
-            shutil.copy(HERE / name, self.top)
-        self.directory = self.top
+            shutil.copy(HERE / name, self.directory)
 
     def run_block(self, start: str, *changes: tuple[str, str], **environment: str) -> str:
         """Run the block of shell commands that begins like that; return what it prints."""
@@ -2197,7 +2197,7 @@ class ReadmeTest(KVTest):
             block = block.replace(old, new)
         run = subprocess.run(
             ["sh", "-ec", block],
-            cwd=self.top,
+            cwd=self.directory,
             env={**os.environ, "PYTHON": sys.executable, **environment},
             capture_output=True,
             text=True,
