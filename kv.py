@@ -14,7 +14,7 @@ otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 t
 All pairs live in memory. SIGTERM, SIGINT or SIGHUP shuts the server down and writes them to a
 snapshot in the working directory, from which the next start reads them back:
 
-    0 s    The signal. The listen queue is served to its end and closed, idle connections are
+    0 s    The signal. Idle connections are closed, the listen queue is served to its end and
            closed, requests in flight go on.
     1 s    If a request is still in flight, what has been acknowledged so far is saved now, and
            again each second.
@@ -22,11 +22,12 @@ snapshot in the working directory, from which the next start reads them back:
            write is answered 503, because the last snapshot is being written. If that fails, it
            is tried again.
     15 s   The latest exit, because then supervisors, such as the test harness of lsfr.io, send
-           SIGKILL. Exit code 0 means saved.
+           SIGKILL. Only a save that takes much longer than any before it can exceed this. Exit
+           code 0 means saved.
 
-Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting
-within a second: one more save, and no second try. A crash, unlike a shutdown, loses what was
-written since the last snapshot: there is no write-ahead log here.
+Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting,
+within a second or when the save that is running ends: one more save, and no second try. A crash,
+unlike a shutdown, loses what was written since the last snapshot: there is no write-ahead log here.
 
 The file reads from the inside out, and each part uses those before it: snapshot, store, request
 syntax, log, one connection, the server, the process. Only the connection also knows its server.
@@ -130,36 +131,33 @@ def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
 def load_snapshot(directory: int) -> dict[str, str]:
     """Return the pairs of the snapshot in `directory`, none if there is no snapshot.
 
-    Raises SnapshotError if it is not what `save_snapshot` writes, OSError if it cannot be read,
-    MemoryError if it does not fit into memory.
+    Raises SnapshotError if it is not a dict of strings with its digest, OSError if it cannot be
+    read, MemoryError if it does not fit into memory.
     """
-    # Not through a link: a save would replace the link and not the file behind it. And without
-    # blocking: to open a named pipe is to wait for somebody who writes to it.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(SNAPSHOT, flags, dir_fd=directory)
+        # The file itself, not what a link leads to: a save would replace the link.
+        status = os.stat(SNAPSHOT, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return {}
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SnapshotError("not a regular file")
-        if status.st_size <= DIGEST_SIZE:
-            raise SnapshotError("too short")
+    # Before it is opened: to open a named pipe is to wait for somebody who writes to it.
+    if not stat.S_ISREG(status.st_mode):
+        raise SnapshotError("not a regular file")
+    if status.st_size <= DIGEST_SIZE:
+        raise SnapshotError("too short")
+    with open(SNAPSHOT, "rb", opener=functools.partial(os.open, dir_fd=directory)) as file:
         # Mapped, not read: the store need not fit into memory twice.
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
-            with memoryview(data)[:-DIGEST_SIZE] as pickled:
-                if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
-                    raise SnapshotError("truncated or altered: its checksum does not match")
-                check_opcodes(pickled)
-            try:
-                pairs = StringsOnly(data).load()
-            except MemoryError:
-                raise  # that is no fault of the file
-            except Exception as error:  # the pickle module does not promise which
-                raise SnapshotError(f"not a valid pickle: {error}") from error
-    finally:
-        os.close(descriptor)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with data:
+        with memoryview(data)[:-DIGEST_SIZE] as pickled:
+            if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
+                raise SnapshotError("truncated or altered: its checksum does not match")
+            check_opcodes(pickled)
+        try:
+            pairs = StringsOnly(data).load()
+        except MemoryError:
+            raise  # that is no fault of the file
+        except Exception as error:  # the pickle module does not promise which
+            raise SnapshotError(f"not a valid pickle: {error}") from error
     if not isinstance(pairs, dict):
         raise SnapshotError("not a dict")
     return pairs
@@ -212,7 +210,7 @@ def check_opcodes(pickled: memoryview) -> None:
 # ---- Store: all pairs in memory ----
 
 
-class Closed(Exception):
+class StoreClosed(Exception):
     """The write came too late to be saved."""
 
 
@@ -235,7 +233,7 @@ class Store:
             return self._pairs.get(key)
 
     def put(self, key: str, value: str) -> None:
-        """Raises Closed, like `delete` and `clear`."""
+        """Raises StoreClosed, like `delete` and `clear`."""
         with self._lock:
             self._begin_write()
             self._pairs[key] = value
@@ -252,7 +250,7 @@ class Store:
 
     def _begin_write(self) -> None:
         if self._closed:
-            raise Closed
+            raise StoreClosed
         self._changes += 1
 
     def close(self) -> None:
@@ -264,21 +262,21 @@ class Store:
         with self._lock:
             self._closed = True
 
-    def save(self, write: Callable[[dict[str, str]], None]) -> bool:
-        """Hand all pairs to `write` and return True, or False if it has had them all already.
+    def save(self, write: Callable[[dict[str, str]], None]) -> int | None:
+        """Hand all pairs to `write`; return how many, or None if nothing has changed since then.
 
         What `write` raises is passed on, and the pairs count as unsaved. For one thread at a time.
         """
         with self._lock:
             changes = self._changes
             if changes == self._saved_changes:
-                return False
+                return None
             # A copy of the dict, not of its strings: some milliseconds, and then requests go on
             # during the seconds that writing it may take.
             pairs = self._pairs.copy()
         write(pairs)
         self._saved_changes = changes
-        return True
+        return len(pairs)
 
 
 # ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
@@ -287,20 +285,22 @@ class Store:
 # become the start of another client's request. So what the RFCs do not allow is refused, and
 # nothing is guessed or repaired.
 
-# The largest value, in bytes. While it is received, up to three times as much memory is in use.
+# The largest value, in bytes. Receiving one can take three times as much memory, and one that is
+# not all ASCII four times as much for good, as str has up to four bytes for each character.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line, or a chunk's size with extensions, or a trailer field, in bytes. RFC 9112 3 asks
-# for room for 8,000 at least. More would be memory that each unfinished request can hold.
+# for room for 8,000 at least.
 MAX_LINE = 8192
 # The header fields of a request, in bytes and in lines. Browsers with all their cookies stay under
-# 16 KiB and 50 lines.
+# 16 KiB and 50 lines. More would be memory that each unfinished request can hold.
 MAX_HEADER = 32 * 1024
 MAX_FIELDS = 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next four
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
-# A run of plain characters is one step of the search, where (?:plain|encoded)* has one for each.
+# In a path, which each request has, a run of plain characters is one step of the search, and not
+# one for each character as with (?:plain|encoded)*.
 PLAIN = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 PATH = PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*"
 QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
@@ -308,6 +308,7 @@ QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
 # RFC 9112 3: method, origin-form or absolute-form without user information, and version.
 REQUEST_LINE = re.compile(
     rb"(" + TOKEN + rb") "
+    # The path begins here, or behind a scheme and a host, which is not empty and has an end.
     rb"(?:(?=/)|(?i:https?)://(?=[^/?:])" + HOST + rb"(?=[/? ]))"
     rb"(" + PATH + rb")(?:\?" + QUERY + rb")? "
     rb"HTTP/1\.([01])"
@@ -402,7 +403,8 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     # Not int() alone, which also takes "+1", "1_0" and " 1 ".
     if lengths or not digits.isdigit():
         raise Refusal(400, "invalid Content-Length")
-    digits = digits.lstrip(b"0")[:16] or b"0"  # int() would refuse 5,000 digits in its own way
+    # int() would refuse 5,000 digits in its own way, and 16 are too large already.
+    digits = digits.lstrip(b"0")[:16] or b"0"
     if int(digits) > MAX_VALUE:
         raise Refusal(413, "value too large")
 
@@ -451,20 +453,21 @@ def log(message: str) -> None:
 
 # ---- Handler: one connection ----
 
-# How long a worker waits for a client, in seconds. An idle connection costs a thread and 25 KB, so
-# it may stay about as long as a person thinks between two requests.
+# How many seconds a worker waits for the next request. An idle connection costs a thread and 25 KB,
+# so it may stay about as long as a person thinks between two requests.
 IDLE_SECONDS = 60.0
-# For the whole head of a request, which is one packet normally; for the next piece of a body; for
-# room for the next piece of an answer. Whoever needs longer is gone, or wants to hold the worker.
+# The same during a shutdown: a client in the listen queue has normally sent its request already.
+DRAIN_IDLE_SECONDS = 0.1
+# The same before the connection may be closed to make room, if there was no request yet.
+FIRST_SECONDS = 1.0
+# How many seconds the whole head of a request may take, which is one packet normally; or the next
+# piece of a body; or the next piece of an answer to leave. Whoever needs longer is gone, or wants
+# to hold the worker.
 STALL_SECONDS = 15.0
 # What a body must come up to on the whole: a poor line does, and one byte now and then does not.
 BODY_BYTES_PER_SECOND = 1024
-# For what a client is still sending when it has been refused.
+# How many seconds a client may go on sending when it has been refused.
 LINGER_SECONDS = 5.0
-# For the first request, before the connection may be closed to make room for another.
-FIRST_SECONDS = 1.0
-# For the next request during a shutdown: a client in the listen queue has normally sent its own.
-QUEUED_SECONDS = 0.1
 # Enough for any request but an upload. Each idle connection has a buffer of this size waiting.
 RECEIVE_SIZE = 8192
 # For uploads, which take fewer system calls in larger pieces.
@@ -490,8 +493,8 @@ class Handler(BaseHTTPRequestHandler):
         # Each answer is one write. Waiting until it fills a packet would delay it by 40 ms.
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(STALL_SECONDS))
-        self._receive_seconds = 0.0  # no limit set yet
-        self._spared_until = time.monotonic() + FIRST_SECONDS
+        self._receive_seconds = 0.0  # no limit set yet, see _receive
+        self._spared_until = time.monotonic() + FIRST_SECONDS  # see Server.idle
         self._buffer = b""
 
     def finish(self) -> None:
@@ -504,10 +507,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True  # unless the end of the request is found
-        if self._buffer == b"\r\n":  # the empty line that parse_request allows: still idle
-            self._buffer = b""
-        if not self._buffer and not self._wait_for_request():
-            return
+        # RFC 9112 2.2: some clients send an empty line behind a body. With that the connection is
+        # still idle, and the line is left to parse_request.
+        while self._buffer in (b"", b"\r", b"\r\n"):
+            received = self._receive_idly(RECEIVE_SIZE, IDLE_SECONDS)
+            if not received:
+                return
+            self._buffer += received
         self.command, self._line = "", b""
         try:
             self.parse_request()
@@ -521,11 +527,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise refusal
             getattr(self, "do_" + self.command)()
         except Refusal as refusal:
-            linger = self.close_connection  # before the answer, which closes any during a drain
+            # Decided here, because in a drain _answer closes also those that need no lingering.
+            linger = self.close_connection
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
             if linger:
                 self._linger()
-        except Closed:
+        except StoreClosed:
             self._answer(503, b"shutting down\n")
 
     def parse_request(self) -> bool:
@@ -537,7 +544,7 @@ class Handler(BaseHTTPRequestHandler):
         # Two line ends: one between the two parts, and one of an empty line in front.
         head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + 2 * len(b"\r\n"))
         self._line, _, block = head.partition(b"\r\n")
-        if not self._line:  # RFC 9112 2.2: some clients send an empty line behind a body
+        if not self._line:  # the empty line in front
             self._line, _, block = block.partition(b"\r\n")
         self.command, self.path, http11 = parse_request_line(self._line)
         self.request_version = "HTTP/1.1" if http11 else "HTTP/1.0"
@@ -591,7 +598,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
-        if self.server.draining and not self._buffer:  # else there is one more request in flight
+        if self.server.draining and not self._buffer:  # else it has the next one in flight
             self.close_connection = True
         if self.close_connection:
             field += b"Connection: close\r\n"
@@ -609,18 +616,16 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- Receiving: to wait for a client, but never for good --
 
-    def _wait_for_request(self) -> bool:
-        """Wait in idleness; return False at the end of the input. OSError if it takes too long."""
+    def _receive_idly(self, size: int, seconds: float) -> bytes:
+        """Receive without being in flight: the server may hang up meanwhile."""
         server = self.server
         # First registered, then looked whether the server is draining. A drain first says so and
-        # then looks who is registered, so at least one of the two notices the other.
+        # then looks who is registered (Server.serve_forever), so one of the two notices the other.
         server.idle[self.connection] = self._spared_until
         try:
-            seconds = QUEUED_SECONDS if server.draining else IDLE_SECONDS
-            self._buffer = self._receive(RECEIVE_SIZE, seconds)
+            return self._receive(size, DRAIN_IDLE_SECONDS if server.draining else seconds)
         finally:
             del server.idle[self.connection]
-        return bool(self._buffer)
 
     def _read_body(self) -> bytes | bytearray:
         """Read the request's body. This is the one place that says where it ends: RFC 9112 6.3."""
@@ -657,7 +662,8 @@ class Handler(BaseHTTPRequestHandler):
         """Take the input up to and with `end` out of the buffer; return it without `end`."""
         while True:
             text, found, rest = self._buffer.partition(end)
-            if len(text) > limit:
+            # With the end, or half an end that is there already would count as text.
+            if len(text) + len(found) > limit + len(end):
                 is_request_line = end == HEAD_END and b"\r\n" not in text
                 raise Refusal(414 if is_request_line else 431, "line or header too long")
             if found:
@@ -709,7 +715,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_SECONDS
         while (seconds := deadline - time.monotonic()) > 0:
-            if not self._receive(RECEIVE_BODY_SIZE, seconds):
+            if not self._receive_idly(RECEIVE_BODY_SIZE, seconds):
                 break
 
 
@@ -757,7 +763,7 @@ class Server(ThreadingHTTPServer):
         self.address_family, address = info[0], cast(Any, info[4])
         super().__init__(address, Handler, bind_and_activate=False)
         self.verbose = verbose
-        self.draining = False  # no further connections, and each is closed when it falls idle
+        self.draining = False  # each connection is closed as soon as it is idle
         # The connections that wait for a request, in the order in which they began to, and until
         # when (on the monotonic clock) they are not closed to make room.
         self.idle: dict[socket.socket, float] = {}
@@ -766,7 +772,8 @@ class Server(ThreadingHTTPServer):
         # One for each connection, and some spare ones that wait for the next.
         self._workers: set[threading.Thread] = set()
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # Guards `_connections` and who leaves `_workers`, and tells when a connection has ended.
+        # A lock that guards `_connections` and who leaves `_workers`, and that can be waited for
+        # until a connection has ended.
         self._lock = threading.Condition()
         self.server_bind()
 
@@ -795,7 +802,10 @@ class Server(ThreadingHTTPServer):
         self._acceptor.start()
 
     def drain(self) -> None:
-        """Stop accepting and close idle connections; do not wait for what is in flight."""
+        """Tell the accept loop to end, and wait for that; see serve_forever for what it does then.
+
+        What is in flight goes on.
+        """
         self.draining = True
         self.shutdown()
 
@@ -815,12 +825,21 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
         """Accept until `drain`, and then those who are in the listen queue already."""
-        super().serve_forever(poll_interval)
+        while True:
+            try:
+                super().serve_forever(poll_interval)
+            except MemoryError:
+                # Only for the moment. Without this thread nobody would get in any more.
+                self.handle_error(None, None)
+                time.sleep(POLL_SECONDS)
+            if self.draining:
+                break
         # Not in drain() itself: each hang-up gives up the interpreter lock, and to get it back the
         # main thread, which has a deadline, would queue behind all the workers that it has woken.
         for connection in self.idle.copy():
             self._hang_up(connection)
-        self.socket.listen(0)  # room for one at a time, or a busy server would never see the end
+        # Room for one at a time besides those who wait. A busy server would never see the end.
+        self.socket.listen(0)
         while select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
         self.server_close()
@@ -830,6 +849,7 @@ class Server(ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         with self._lock:
             if self._connections >= self._max_connections:
+                # Accept nobody now: have one hang up, wait for a moment until somebody has.
                 self._make_room()
                 self._lock.wait(POLL_SECONDS)
                 raise TimeoutError  # the base class ignores it, and looks whether it shall end
@@ -849,7 +869,7 @@ class Server(ThreadingHTTPServer):
             self._workers.add(worker)
             try:
                 worker.start()
-            except RuntimeError:
+            except (RuntimeError, MemoryError):
                 # The system allows no more threads. So this connection waits for the first worker
                 # that is free, if there is any.
                 self._workers.remove(worker)
@@ -859,7 +879,7 @@ class Server(ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Called by serve_forever each time it has looked for a connection."""
-        if len(self._workers) < self._connections:
+        if len(self._workers) < self._connections:  # a thread could not be started
             self._make_room()
 
     def _make_room(self) -> None:
@@ -902,11 +922,13 @@ class Server(ThreadingHTTPServer):
             self._lock.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report a mistake in this program, or no memory, and keep serving the others."""
+        """Report a mistake in this program, or a lack of memory; the other clients are served."""
         error, trace = cast(Any, sys.exc_info()[1:])
-        while trace.tb_next:  # up to the line that raised it
-            trace = trace.tb_next
-        log(f"error: {error!r} in line {trace.tb_lineno}")
+        with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
+            while trace.tb_next:  # up to the line that raised it
+                trace = trace.tb_next
+            file = os.path.basename(trace.tb_frame.f_code.co_filename)
+            log(f"error: {error!r} in {file}, line {trace.tb_lineno}")
 
 
 # ---- Process: arguments, working directory, signals, and the order of a shutdown ----
@@ -1019,31 +1041,35 @@ def shut_down(
         hurry = signal.sigpending() & stop_signals
         return not hurry and time.monotonic() - begin + reserve < SHUTDOWN_SECONDS
 
-    def try_to_save() -> bool:
+    def try_to_save() -> str:
+        """Return why it failed, empty if it did not."""
         nonlocal longest
         start = time.monotonic()
         try:
             saved = store.save(lambda pairs: save_snapshot(directory, pairs))
         except (OSError, MemoryError) as error:
             log(f"cannot save: {reason(error)}")
-            return False
+            return reason(error)
         finally:
             longest = max(longest, time.monotonic() - start)
-        if saved:
-            log(f"saved {len(store)} pairs in {time.monotonic() - start:.2f} s")
-        return True
+        if saved is not None:
+            log(f"saved {saved} pairs in {time.monotonic() - start:.2f} s")
+        return ""
 
     log(f"draining: {server.in_flight} connections in flight, {len(server.idle)} idle")
     server.drain()
     while not server.join(time.monotonic() + STEP_SECONDS):
-        if not time_is_left(SAVE_SECONDS + 2 * longest):  # for an early save and the last one
+        # Early, in case that those in flight take longer than we have; if there is time for this
+        # save and the last one, each as long as the longest so far.
+        if time_is_left(SAVE_SECONDS + 2 * longest):
+            try_to_save()
+        if not time_is_left(SAVE_SECONDS + 2 * longest):
             break
-        try_to_save()  # early, in case that those in flight take longer than we have
     log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
     store.close()
-    while not try_to_save():
+    while failure := try_to_save():
         if not time_is_left(STEP_SECONDS + longest):
-            log("not saved: what was written since the last snapshot is lost")
+            log(f"not saved, {failure}: what was written since the last snapshot is lost")
             return 1
         time.sleep(STEP_SECONDS)
     return 0
@@ -1051,14 +1077,15 @@ def shut_down(
 
 def main() -> int:
     arguments = parse_arguments()
-    snapshot = os.path.join(os.path.abspath(arguments.working_dir), SNAPSHOT)
+    doing = f"cannot use the working directory {arguments.working_dir!r}"
     try:
+        snapshot = os.path.join(os.path.abspath(arguments.working_dir), SNAPSHOT)
         if arguments.dump:
             doing = f"cannot dump {snapshot}"
             dump(arguments.working_dir)
             return 0
         stop_signals = {signal.SIGTERM, signal.SIGINT}
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
             stop_signals.add(signal.SIGHUP)
         # Blocked in this thread and those it starts: a signal waits until it is asked for, and
         # cannot interrupt anything halfway.
@@ -1068,15 +1095,14 @@ def main() -> int:
         # that do so each 5 ms, as usual, leave no time for the work. No thread here needs to be
         # asked: each soon waits for the network or the disk, and gives up the lock for that.
         sys.setswitchinterval(1.0)
-        doing = f"cannot use the working directory {os.path.dirname(snapshot)}"
         directory = open_working_directory(arguments.working_dir)
         # The address now, so that a load that takes long is not in vain; it listens afterwards.
-        doing = f"cannot listen on {arguments.host} port {arguments.port}"
+        doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
         max_connections = raise_descriptor_limit()
         server = Server(arguments.host, arguments.port, max_connections, arguments.verbose)
         doing = f"cannot load {snapshot}"
         store = Store(load_snapshot(directory))
-        doing = f"cannot listen on {arguments.host} port {arguments.port}"
+        doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
         server.start(store)
     except (OSError, SnapshotError, UnicodeError, MemoryError) as error:
         log(f"{doing}: {reason(error)}")

@@ -474,7 +474,7 @@ class SnapshotTest(KVTest):
         self.assert_refuses_to_start("not a regular file")
         self.snapshot.unlink()
         self.snapshot.symlink_to("elsewhere")
-        self.assert_refuses_to_start("symbolic links")
+        self.assert_refuses_to_start("not a regular file")
 
     @on_linux
     def test_a_snapshot_that_does_not_fit_into_memory_is_not_called_invalid(self) -> None:
@@ -566,9 +566,9 @@ class StoreTest(unittest.TestCase):
     def test_a_closed_store_refuses_writes_and_still_reads(self) -> None:
         store = kv.Store({"a": "1"})
         store.close()
-        self.assertRaises(kv.Closed, store.put, "a", "2")
-        self.assertRaises(kv.Closed, store.delete, "a")
-        self.assertRaises(kv.Closed, store.clear)
+        self.assertRaises(kv.StoreClosed, store.put, "a", "2")
+        self.assertRaises(kv.StoreClosed, store.delete, "a")
+        self.assertRaises(kv.StoreClosed, store.clear)
         self.assertEqual(store.get("a"), "1")
 
 
@@ -885,6 +885,9 @@ RULES = [
     Rule("7.1", "LF behind the size", CHUNKED + b"1\na\r\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "LF behind the data", CHUNKED + b"1\r\na\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "only LF", CHUNKED + b"1\na\n0\n\n", "400 closed"),
+    Rule("7.1", "the longest line, with 8,192 bytes up to the middle of its end",
+         PUT + b"A: " + b"x" * 8126 + END + b"Transfer-Encoding: chunked\r\n\r\n"
+         + b"1;a=" + b"b" * 8188 + END + b"a\r\n0\r\n\r\n", "200 open"),
     Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
     Rule("7.1", "together too large",
          CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n", "413 closed"),
@@ -1283,7 +1286,7 @@ class ServerTest(KVTest):
                 server.request("PUT", f"/kv/large{number}", b"x" * 10_000_000)
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
         self.assertEqual(server.get("a"), "1")
-        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\) in line \d+\n$")
+        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\) in kv\.py, line \d+\n$")
 
     @on_linux
     def test_when_no_more_threads_are_to_be_had_connections_take_turns(self) -> None:
@@ -1306,6 +1309,35 @@ class ServerTest(KVTest):
         server.wait_for_log("error: RuntimeError")
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
         self.assertEqual(server.request("GET", "/health").status, 200)
+
+    def test_without_memory_for_a_moment_the_next_client_is_accepted(self) -> None:
+        server = kv.Server("127.0.0.1", 0, 10, False)
+        accept = server.get_request
+        outcomes = iter([MemoryError()])
+
+        def get_request() -> tuple[socket.socket, Any]:
+            for error in outcomes:
+                raise error
+            return accept()
+
+        with (
+            unittest.mock.patch.object(server, "get_request", get_request),
+            unittest.mock.patch.object(kv, "log") as log,
+        ):
+            server.start(kv.Store({}))
+            with Client(server.server_address[1]) as client:
+                self.assertEqual(client.request("GET", "/health").status, 200)
+            server.drain()
+            self.assertTrue(server.join(time.monotonic() + DEADLINE))
+        self.assertRegex(log.call_args[0][0], "^error: MemoryError")
+
+    def test_a_thread_for_which_there_is_no_memory_is_no_worker(self) -> None:
+        """Or the shutdown would join it, which is an error as it has never been started."""
+        with kv.Server("127.0.0.1", 0, 10, False) as server, socket.socket() as client:
+            server._connections = 1
+            with unittest.mock.patch("threading.Thread.start", side_effect=MemoryError):
+                self.assertRaises(MemoryError, server.process_request, client, None)
+            self.assertEqual(server._workers, set())
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
     def test_stays_on_one_core(self) -> None:
@@ -1447,11 +1479,15 @@ class ShutdownTest(KVTest):
         self.assertEqual(server.exit_code(5), 0)
         self.assertTrue(all(client.is_closed() for client in clients))
 
+    @on_linux
     def test_an_empty_line_behind_a_body_leaves_the_connection_idle(self) -> None:
         server = self.start()
-        client = self.client(server)
-        client.send(put("a", "1") + b"\r\n")
-        self.assertEqual(client.receive().status, 200)
+        for with_the_body, later in ((b"\r\n", b""), (b"", b"\r\n"), (b"\r", b"\n"), (b"", b"\r")):
+            client = self.client(server)
+            client.send(put("a", "1") + with_the_body)
+            self.assertEqual(client.receive().status, 200)
+            client.send(later)
+            wait_until(functools.partial(has_read_all, server.port, client), "it has read that")
         server.send_signal()
         self.assertEqual(server.exit_code(3), 0)
 
@@ -1517,6 +1553,15 @@ class ShutdownTest(KVTest):
         self.assertEqual(client.receive().status, 404)
         self.assertEqual(server.exit_code(3), 0)
         self.assertTrue(client.is_closed())
+
+    def test_a_client_that_could_go_on_sending_does_not_delay_the_exit(self) -> None:
+        """It has its answer, so it is not in flight any more."""
+        server = self.start()
+        client = self.client(server)
+        client.send(request("PUT", "/kv/a", None, "Content-Length: 99999999"))
+        self.assertEqual(client.receive().status, 413)
+        server.send_signal()
+        self.assertEqual(server.exit_code(3), 0)
 
     def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
         server = self.start()
@@ -1654,6 +1699,9 @@ class ShutdownStepsTest(unittest.TestCase):
         """Also when there was nothing to save in between."""
         self.assertEqual(self.shut_down(seconds=3), (0, [4, 6]))
 
+    def test_after_an_early_save_that_took_long_there_is_no_more_waiting(self) -> None:
+        self.assertEqual(self.shut_down(seconds=7), (0, [8, 8]))
+
     def test_a_save_for_which_memory_is_short_is_tried_again(self) -> None:
         self.assertEqual(self.shut_down(errors=[MemoryError(), OSError()]), (0, [1, 2, 3, 12]))
 
@@ -1679,7 +1727,7 @@ class FailingSaveTest(KVTest):
         server.wait_for_log(f"cannot save: {reason}")
         server.send_signal()  # or it would try for 15 s
         self.assertEqual(server.exit_code(), 1)
-        self.assertRegex(server.log, r"not saved: .*\n$")
+        self.assertRegex(server.log, rf"not saved, {reason}: .*\n$")
         self.assertEqual(self.snapshot.read_bytes(), self.before)
         self.assertEqual(os.listdir(self.directory), [kv.SNAPSHOT])
 
@@ -1787,12 +1835,22 @@ def connect_until_refused(port: int) -> None:
                 client.send(request("GET", "/kv/a"))
 
 
-def is_queue_long(port: int) -> bool:
-    for line in Path("/proc/net/tcp").read_text().splitlines():
+def receive_queue(port: int, client_port: int = 0) -> int:
+    """How many bytes from that client, or connections, the server has not taken yet."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
-        if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":  # listening
-            return int(fields[4].partition(":")[2], 16) > 20
-    return False
+        ports = [int(address.partition(":")[2], 16) for address in fields[1:3]]
+        if ports == [port, client_port]:
+            return int(fields[4].partition(":")[2], 16)
+    return 0
+
+
+def is_queue_long(port: int) -> bool:
+    return receive_queue(port) > 20
+
+
+def has_read_all(port: int, client: Client) -> bool:
+    return receive_queue(port, client.socket.getsockname()[1]) == 0
 
 
 class Operation(NamedTuple):
@@ -1927,10 +1985,10 @@ class CommandLineTest(KVTest):
         self.assert_refuses_to_start("--verbose", "--verbose=1")
         self.assert_refuses_to_start("--host", "--host")
         # Not x.invalid, for which the system would ask a name server.
-        self.assert_refuses_to_start("cannot listen on fe80::1%x", "--host=fe80::1%x")
+        self.assert_refuses_to_start("cannot listen on 'fe80::1%x'", "--host=fe80::1%x")
         self.assert_refuses_to_start("cannot listen on", "--host=" + "x" * 100)
-        self.assert_refuses_to_start("cannot listen on 203.0.113.1", "--host=203.0.113.1")
-        self.assert_refuses_to_start("working directory", "--working-dir=")
+        self.assert_refuses_to_start("cannot listen on '203.0.113.1'", "--host=203.0.113.1")
+        self.assert_refuses_to_start("working directory ''", "--working-dir=")
 
     def test_the_exit_code_tells_bad_arguments_from_the_rest(self) -> None:
         self.assertEqual(self.start("--port=x", ready=False).exit_code(), 2)
@@ -1959,6 +2017,12 @@ class CommandLineTest(KVTest):
         self.directory.mkdir()
         self.directory.chmod(0o555)
         self.assert_refuses_to_start("Permission denied", preexec_fn=be_bound_by_permissions)
+
+    def test_working_directory_that_is_gone(self) -> None:
+        script = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" "{HERE}/kv.py"'
+        run = subprocess.run(["sh", "-c", script], cwd=self.top, capture_output=True, text=True)
+        self.assertEqual(run.returncode, 1)
+        self.assertRegex(run.stderr, r"^kv\.py: cannot use the working directory '\.': .*\n$")
 
     def test_working_directory_in_use(self) -> None:
         server = self.start()
