@@ -886,7 +886,7 @@ RULES = [
     Rule("7.1", "LF behind the data", CHUNKED + b"1\r\na\n0\r\n\r\n", "400 closed"),
     Rule("7.1", "only LF", CHUNKED + b"1\na\n0\n\n", "400 closed"),
     Rule("7.1", "the longest line, with 8,192 bytes up to the middle of its end",
-         PUT + b"A: " + b"x" * 8126 + END + b"Transfer-Encoding: chunked\r\n\r\n"
+         PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
          + b"1;a=" + b"b" * 8188 + END + b"a\r\n0\r\n\r\n", "200 open"),
     Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
     Rule("7.1", "together too large",
@@ -986,6 +986,15 @@ class HTTPTest(KVTest):
                     self.assertIn(b"100-continue", rule.sent.lower())
                 else:
                     self.assertEqual(status, rule.answers.split()[0])
+
+    @on_linux
+    def test_a_second_empty_line_is_refused_however_late_it_comes(self) -> None:
+        server = self.start()
+        client = self.client(server)
+        client.send(END)
+        wait_until(functools.partial(has_read_all, server.port, client), "it has read that")
+        client.send(END)
+        self.assertEqual(client.receive().status, 400)
 
     def test_a_short_body_is_not_stored(self) -> None:
         server = self.start()
@@ -1325,8 +1334,9 @@ class ServerTest(KVTest):
             unittest.mock.patch.object(kv, "log") as log,
         ):
             server.start(kv.Store({}))
-            with Client(server.server_address[1]) as client:
-                self.assertEqual(client.request("GET", "/health").status, 200)
+            for _ in range(2):
+                with Client(server.server_address[1]) as client:
+                    self.assertEqual(client.request("GET", "/health").status, 200)
             server.drain()
             self.assertTrue(server.join(time.monotonic() + DEADLINE))
         self.assertRegex(log.call_args[0][0], "^error: MemoryError")
