@@ -458,8 +458,9 @@ def log(message: str) -> None:
 IDLE_SECONDS = 60.0
 # The same during a shutdown: a client in the listen queue has normally sent its request already.
 DRAIN_IDLE_SECONDS = 0.1
-# The same before the connection may be closed to make room, if there was no request yet.
-FIRST_SECONDS = 1.0
+# The same before the connection may be closed to make room, if there was no request yet. Clients
+# that share a busy machine with us may need some seconds between connecting and sending.
+FIRST_SECONDS = 5.0
 # How many seconds the whole head of a request may take, which is one packet normally; or the next
 # piece of a body; or the next piece of an answer to leave. Whoever needs longer is gone, or wants
 # to hold the worker.

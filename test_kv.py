@@ -1186,6 +1186,16 @@ class ServerTest(KVTest):
         self.assertEqual(server.request("GET", "/health").status, 200)
         self.assertTrue(clients[0].is_closed())
 
+    def test_a_client_that_takes_its_time_before_the_first_request_is_answered(self) -> None:
+        limit = (resource.RLIMIT_NOFILE, (64, 64))
+        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        clients = [self.client(server) for _ in range(50)]
+        time.sleep(2)  # the time it takes
+        for client in clients:
+            client.send(request("GET", "/health"))
+        for client in clients:
+            self.assertEqual(client.receive().status, 200)
+
     def test_raises_the_soft_limit_of_descriptors(self) -> None:
         allow_descriptors(1000)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
