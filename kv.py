@@ -113,7 +113,7 @@ def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
         with open(create_temporary(directory), "wb") as file:
             writer = HashingWriter(file)
             pickler = pickle.Pickler(writer, protocol=4)  # check_opcodes knows this one
-            # Without its memo of objects seen, which would take a third of the store's memory.
+            # That is, without a memo of objects seen, which would take a third of the store's size.
             pickler.fast = True
             pickler.dump(pairs)
             file.write(writer.sha256.digest())
@@ -263,7 +263,7 @@ class Store:
             self._closed = True
 
     def save(self, write: Callable[[dict[str, str]], None]) -> int | None:
-        """Hand all pairs to `write`; return how many, or None if nothing has changed since then.
+        """Hand all pairs to `write`; return how many, or None if no write came since the last time.
 
         What `write` raises is passed on, and the pairs count as unsaved. For one thread at a time.
         """
@@ -451,6 +451,19 @@ def log(message: str) -> None:
             os.write(sys.stderr.fileno(), line)
 
 
+def make_terminal_non_blocking() -> None:
+    """If stderr is a terminal, open it once more, for this process alone and non-blocking.
+
+    With room for a part of a line, a terminal that nobody reads counts as ready, and blocks. And
+    O_NONBLOCK on the stderr that we were given would concern the shell, which shares it.
+    """
+    with contextlib.suppress(OSError):  # it may belong to another user
+        if os.isatty(2):
+            terminal = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
 # ---- Handler: one connection ----
 
 # How many seconds a worker waits for the next request. An idle connection costs a thread and 25 KB,
@@ -458,8 +471,8 @@ def log(message: str) -> None:
 IDLE_SECONDS = 60.0
 # The same during a shutdown: a client in the listen queue has normally sent its request already.
 DRAIN_IDLE_SECONDS = 0.1
-# The same before the connection may be closed to make room, if there was no request yet. Clients
-# that share a busy machine with us may need some seconds between connecting and sending.
+# How many seconds a new connection cannot be closed to make room, unless it has been answered. A
+# client that shares a busy machine with us may need some of them between connecting and sending.
 FIRST_SECONDS = 5.0
 # How many seconds the whole head of a request may take, which is one packet normally; or the next
 # piece of a body; or the next piece of an answer to leave. Whoever needs longer is gone, or wants
@@ -482,9 +495,10 @@ METHODS = {"/health": ("GET", "HEAD"), "/clear": ("DELETE",)}
 class Handler(BaseHTTPRequestHandler):
     """Serves the requests of one connection, one after another.
 
-    The base class has the skeleton (setup, handle, finish, a do_ method for each HTTP method), but
-    reads requests more leniently than RFC 9112 allows. That part is replaced. `_buffer` has the
-    bytes received and not used yet, among which there may already be further requests.
+    The base class has the skeleton: it calls setup, handle, and finish, and handle calls
+    handle_one_request until that sets close_connection. But it reads requests more leniently than
+    RFC 9112 allows. That part is replaced. `_buffer` has the bytes received and not used yet, among
+    which there may already be further requests.
     """
 
     server: Server
@@ -508,6 +522,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True  # unless the end of the request is found
+        self._body: bytes | bytearray = b""  # an idle connection would keep the last one
         # RFC 9112 2.2: some clients send an empty line behind a body. With that the connection is
         # still idle, and the line is left to parse_request.
         while self._buffer in (b"", b"\r", b"\r\n"):
@@ -516,25 +531,25 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self._buffer += received
         self.command, self._line = "", b""
+        refused = False
         try:
             self.parse_request()
             refusal = self._route()
             if refusal and self._fields.expects_continue:
                 raise refusal  # before the body, which the client then may send or not
             # Even a refused request has a body, behind which the next one starts.
-            self._value = self._read_body()
+            self._body = self._read_body()
             self.close_connection = not self._fields.keep_alive
             if refusal:
                 raise refusal
             getattr(self, "do_" + self.command)()
         except Refusal as refusal:
-            # Decided here, because in a drain _answer closes also those that need no lingering.
-            linger = self.close_connection
+            refused = True
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
-            if linger:
-                self._linger()
         except StoreClosed:
             self._answer(503, b"shutting down\n")
+        if self.close_connection and (refused or self.server.draining):
+            self._linger()
 
     def parse_request(self) -> bool:
         """Read a request's head: sets command, path, request_version and `_fields`.
@@ -581,10 +596,10 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # _answer leaves the body out
 
     def do_PUT(self) -> None:
-        if not self._value:
+        if not self._body:
             raise Refusal(400, "value cannot be empty")
         try:
-            value = self._value.decode()
+            value = self._body.decode()
         except UnicodeDecodeError:
             raise Refusal(400, "value must be UTF-8 text") from None
         self.server.store.put(self._key, value)
@@ -599,7 +614,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
-        if self.server.draining and not self._buffer:  # else it has the next one in flight
+        if self.server.draining and not self._buffer:  # else there is a further request in flight
             self.close_connection = True
         if self.close_connection:
             field += b"Connection: close\r\n"
@@ -613,7 +628,7 @@ class Handler(BaseHTTPRequestHandler):
         self._spared_until = 0.0
         if self.server.verbose:
             # As a representation, because a client can put anything into it; and not of any length.
-            log(f"{self.client_address[0]} {str(self._line)[1:]:.1000} {status} {len(body)}")
+            log(f"{self.client_address[0]} {repr(self._line)[1:]:.1000} {status} {len(body)}")
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -663,7 +678,8 @@ class Handler(BaseHTTPRequestHandler):
         """Take the input up to and with `end` out of the buffer; return it without `end`."""
         while True:
             text, found, rest = self._buffer.partition(end)
-            # With the end, or half an end that is there already would count as text.
+            # With the end on both sides, because `text` may have a part of it as long as it is not
+            # found: the limit is the same however the bytes arrive.
             if len(text) + len(found) > limit + len(end):
                 is_request_line = end == HEAD_END and b"\r\n" not in text
                 raise Refusal(414 if is_request_line else 431, "line or header too long")
@@ -708,10 +724,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.connection.recv(size)
 
     def _linger(self) -> None:
-        """Let a client that is still sending read its answer before the connection is closed.
+        """Let a client that may still be sending read its answer before the connection is closed.
 
         RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
-        only our direction is closed, and what comes is thrown away for a while.
+        only our direction is closed, and what comes is thrown away for a while: the rest of a
+        refused request, or during a drain, the next request.
         """
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_SECONDS
@@ -839,7 +856,8 @@ class Server(ThreadingHTTPServer):
         # main thread, which has a deadline, would queue behind all the workers that it has woken.
         for connection in self.idle.copy():
             self._hang_up(connection)
-        # Room for one at a time besides those who wait. A busy server would never see the end.
+        # Those who wait stay in the queue, but further clients get in one at a time at most, or a
+        # busy server would never see its end.
         self.socket.listen(0)
         while select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
@@ -897,8 +915,8 @@ class Server(ThreadingHTTPServer):
         What has arrived before can still be read, so a whole request is answered. One of which the
         first piece arrives in this very moment is cut off, without an answer.
         """
-        # The worker may close it meanwhile, hence the OSError. But its descriptor cannot belong to
-        # a new connection by then, as the thread that accepts is here.
+        # The worker may close it meanwhile, hence the OSError. But the number of its descriptor is
+        # not that of a new connection by then, as only this thread accepts.
         with contextlib.suppress(OSError):
             if connection in self.idle:
                 connection.shutdown(socket.SHUT_RD)
@@ -937,7 +955,7 @@ class Server(ThreadingHTTPServer):
 # From the signal to the exit, in seconds: then supervisors, among them the lsfr harness, kill.
 SHUTDOWN_SECONDS = 15.0
 # Of these, what is kept for the last save besides the time that saves take: the disk may be slower
-# then, or full, so that the save has to be tried again.
+# then, or full, so that the save has to be tried again. So with quick saves, waiting ends at 12 s.
 SAVE_SECONDS = 3.0
 # How often to look whether all is answered, for a second signal, or for room on the disk.
 STEP_SECONDS = 1.0
@@ -975,7 +993,7 @@ def parse_arguments() -> argparse.Namespace:
 def open_working_directory(path: str) -> int:
     """Return a descriptor of the directory, which holds its lock until the process ends.
 
-    Raises OSError if a save would fail there: found out now rather than at the shutdown.
+    Raises OSError if no file can be created there: found out now rather than at the shutdown.
     """
     with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
         os.makedirs(path)
@@ -1078,6 +1096,7 @@ def shut_down(
 
 def main() -> int:
     arguments = parse_arguments()
+    make_terminal_non_blocking()
     doing = f"cannot use the working directory {arguments.working_dir!r}"
     try:
         snapshot = os.path.join(os.path.abspath(arguments.working_dir), SNAPSHOT)
@@ -1105,7 +1124,7 @@ def main() -> int:
         store = Store(load_snapshot(directory))
         doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
         server.start(store)
-    except (OSError, SnapshotError, UnicodeError, MemoryError) as error:
+    except (OSError, SnapshotError, UnicodeError, MemoryError, RuntimeError) as error:
         log(f"{doing}: {reason(error)}")
         return 1
     log(f"{len(store)} pairs in {snapshot}, listening on {server.url}")

@@ -1270,6 +1270,15 @@ class ServerTest(KVTest):
         load_server(server, 20_000, 2_000)
         self.assertLess(server.resident_bytes() - before, 3_000_000)
 
+    @on_linux
+    def test_an_idle_connection_does_not_keep_its_last_value(self) -> None:
+        # So that memory which is not needed any more goes back to the system at once.
+        server = self.start(env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"})
+        before = server.resident_bytes()
+        for _ in range(20):
+            self.client(server).request("PUT", "/kv/a", b"x" * 10_000_000)
+        self.assertLess(server.resident_bytes() - before, 50_000_000)
+
     def test_a_client_that_hangs_up_leaves_no_trace_in_the_log(self) -> None:
         server = self.start()
         server.request("PUT", "/kv/a", b"x" * 5_000_000)
@@ -1582,6 +1591,18 @@ class ShutdownTest(KVTest):
         self.assertEqual(client.receive().status, 413)
         server.send_signal()
         self.assertEqual(server.exit_code(3), 0)
+
+    def test_who_sends_one_more_request_can_read_the_last_answer(self) -> None:
+        """Closing with that request unread would reset the connection."""
+        server = self.start()
+        client = self.begin_upload(server, "a")
+        server.send_signal()
+        wait_until(lambda: not listens(server.port), "new connections are refused")
+        client.send(b"e" + request("GET", "/kv/a"))
+        answer = client.receive()
+        self.assertEqual((answer.status, answer.fields["Connection"]), (200, "close"))
+        self.assertEqual(client.file.read(), b"")
+        self.assertEqual(server.exit_code(), 0)
 
     def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
         server = self.start()
@@ -2019,6 +2040,12 @@ class CommandLineTest(KVTest):
             port = taken.getsockname()[1]
             self.assert_refuses_to_start(f"port {port}: Address already in use", f"--port={port}")
 
+    @on_linux
+    def test_without_a_thread_that_accepts_the_start_is_refused(self) -> None:
+        too_large = (2**47, 2**47)  # for the stack of a thread
+        set_limit = functools.partial(resource.setrlimit, resource.RLIMIT_STACK, too_large)
+        self.assert_refuses_to_start("can't start new thread", preexec_fn=set_limit)
+
     def test_a_directory_whose_name_is_not_text(self) -> None:
         self.directory = Path(os.fsdecode(os.fsencode(self.top) + b"/data\xff"))
         server = self.start()
@@ -2094,7 +2121,8 @@ class CommandLineTest(KVTest):
         self.assertNotIn("PUT", server.log)
 
     def test_requests_are_logged_with_verbose(self) -> None:
-        server = self.start("--verbose")
+        command = [sys.executable, "-bb", str(HERE / "kv.py")]  # no bytes where text belongs
+        server = self.start("--verbose", command=command)
         # On one connection: the line follows the answer, so those of two could change places.
         with server.connect() as client:
             client.request("PUT", "/kv/a", b"1")
@@ -2106,22 +2134,25 @@ class CommandLineTest(KVTest):
         self.assertLess(len(lines[1]), 2000)
         self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
 
-    def log_into_a_pipe(self, *command: str) -> tuple[subprocess.Popen[bytes], int, int]:
-        """Return the server, its port, and the reading end of its log."""
-        reader, writer = os.pipe()
-        port = free_port()
-        arguments = [f"--working-dir={self.directory}", f"--port={port}", "--verbose"]
+    def log_into(
+        self, reader: int, writer: int, *command: str
+    ) -> tuple[subprocess.Popen[bytes], int]:
+        """Return a server that logs into a pipe or terminal, and its port."""
+        arguments = [f"--working-dir={self.directory}", "--port=0", "--verbose"]
         process = subprocess.Popen([*command, *arguments], stderr=writer, cwd=HERE)
+        self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         os.close(writer)
-        os.read(reader, 1000)
-        return process, port, reader
+        match = re.search(rb"listening on http://127\.0\.0\.1:(\d+)", os.read(reader, 1000))
+        assert match
+        return process, int(match[1])
 
     def test_a_log_that_nobody_reads_does_not_delay_the_exit(self) -> None:
         """Nor one that is read slowly, so that there is often room for some lines, but not all."""
         # On all cores, or no thread would ever write between another's look and its write.
         script = "import kv; kv.stay_on_one_core = lambda: None; kv.main()"
-        process, port, reader = self.log_into_a_pipe(sys.executable, "-c", script)
+        reader, writer = os.pipe()
+        process, port = self.log_into(reader, writer, sys.executable, "-c", script)
         key = "k" * 900
         load = threading.Thread(target=requests_per_second, args=[port, 64, [put(key, "1")], 1.0])
         load.start()
@@ -2133,8 +2164,20 @@ class CommandLineTest(KVTest):
         self.assertEqual(self.read_snapshot(), {key: "1"})
         os.close(reader)
 
+    def test_a_terminal_that_nobody_reads_does_not_delay_the_exit(self) -> None:
+        reader, writer = os.openpty()
+        process, port = self.log_into(reader, writer, sys.executable, str(HERE / "kv.py"))
+        with Client(port) as client:
+            for _ in range(2000):  # lines of 43 bytes
+                client.request("PUT", "/kv/a", b"1")
+        process.terminate()
+        self.assertEqual(process.wait(5), 0)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+        os.close(reader)
+
     def test_a_log_that_is_closed_does_not_stop_the_save(self) -> None:
-        process, port, reader = self.log_into_a_pipe(sys.executable, str(HERE / "kv.py"))
+        reader, writer = os.pipe()
+        process, port = self.log_into(reader, writer, sys.executable, str(HERE / "kv.py"))
         os.close(reader)
         with Client(port) as client:
             client.request("PUT", "/kv/a", b"1")
