@@ -782,8 +782,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler, bind_and_activate=False)
         self.verbose = verbose
         self.draining = False  # each connection is closed as soon as it is idle
-        # The connections that wait for a request, in the order in which they began to, and until
-        # when (on the monotonic clock) they are not closed to make room.
+        # The connections that wait for a request, or for the client to hang up, in the order in
+        # which they began to, and until when (monotonic clock) they are not closed to make room.
         self.idle: dict[socket.socket, float] = {}
         self._max_connections = max_connections
         self._connections = 0
