@@ -502,10 +502,12 @@ class SnapshotTest(KVTest):
             self.assertEqual(pickle.load(file), self.PAIRS)
 
     def test_only_the_owner_can_read_it(self) -> None:
+        left_by_a_killed_save = self.directory / kv.TEMPORARY  # and readable by all
+        self.directory.mkdir()
+        left_by_a_killed_save.write_text("")
         with self.start(preexec_fn=lambda: os.umask(0)) as server:
             server.request("PUT", "/kv/a", b"1")
-            # As if left by a save that was killed, and readable by all.
-            (self.directory / kv.TEMPORARY).write_text("")
+            left_by_a_killed_save.write_text("")
             self.assertEqual(server.stop(), 0)
         self.assertEqual(stat.S_IMODE(self.snapshot.stat().st_mode), 0o600)
         self.assertEqual(os.listdir(self.directory), [kv.SNAPSHOT])
@@ -1509,12 +1511,13 @@ class ShutdownTest(KVTest):
         clients = [self.client(server) for _ in range(1000)]
         for client in clients[:500]:  # the others have never sent anything
             client.request("PUT", "/kv/a", b"1")
-        self.stop_without_giving_up(server)
+        self.stop_at_once(server)
         self.assertTrue(all(client.is_closed() for client in clients))
 
-    def stop_without_giving_up(self, server: ServerProcess) -> None:
+    def stop_at_once(self, server: ServerProcess) -> None:
+        """Long before the patience with stalled clients ends."""
         self.assertEqual(server.stop(), 0)
-        self.assertIn(", 0 given up", server.log)
+        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
 
     @on_linux
     def test_an_empty_line_behind_a_body_leaves_the_connection_idle(self) -> None:
@@ -1525,7 +1528,7 @@ class ShutdownTest(KVTest):
             self.assertEqual(client.receive().status, 200)
             client.send(later)
             wait_until(functools.partial(has_read_all, server.port, client), "it has read that")
-        self.stop_without_giving_up(server)
+        self.stop_at_once(server)
 
     def test_everything_on_the_wire_is_answered_and_saved(self) -> None:
         """Stopped, the server accepts nothing: 200 connections are in the listen queue."""
@@ -1560,8 +1563,7 @@ class ShutdownTest(KVTest):
             self.addCleanup(clients.join)
             self.addCleanup(clients.kill)
             wait_until(functools.partial(is_queue_long, server.port), "clients are waiting")
-            self.assertEqual(server.stop(), 0)
-            self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
+            self.stop_at_once(server)
 
     def test_a_slow_upload_finishes_and_is_saved(self) -> None:
         server = self.start()
@@ -1588,7 +1590,7 @@ class ShutdownTest(KVTest):
         late.send(b"e")
         self.assertEqual(client.receive().status, 404)
         self.assertEqual(server.exit_code(), 0)
-        self.assertIn(", 0 given up", server.log)
+        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
         self.assertTrue(client.is_closed())
 
     def test_a_client_that_could_go_on_sending_does_not_delay_the_exit(self) -> None:
@@ -1597,7 +1599,7 @@ class ShutdownTest(KVTest):
         client = self.client(server)
         client.send(request("PUT", "/kv/a", None, "Content-Length: 99999999"))
         self.assertEqual(client.receive().status, 413)
-        self.stop_without_giving_up(server)
+        self.stop_at_once(server)
 
     def test_who_sends_one_more_request_can_read_the_last_answer(self) -> None:
         """Closing with that request unread would reset the connection."""
@@ -2165,7 +2167,7 @@ class CommandLineTest(KVTest):
                 os.read(reader, 4096)
             time.sleep(0.001)
         process.terminate()
-        self.assertEqual(process.wait(DEADLINE), 0)
+        self.assertEqual(process.wait(10), 0)  # with a worker stuck in a write it would be 12 s
         self.assertEqual(self.read_snapshot(), {key: "1"})
         os.close(reader)
 
@@ -2176,7 +2178,7 @@ class CommandLineTest(KVTest):
             for _ in range(2000):  # lines of 43 bytes
                 client.request("PUT", "/kv/a", b"1")
         process.terminate()
-        self.assertEqual(process.wait(DEADLINE), 0)
+        self.assertEqual(process.wait(10), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
         os.close(reader)
 
