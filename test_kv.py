@@ -1372,6 +1372,14 @@ class ServerTest(KVTest):
             self.assertTrue(server.join(time.monotonic() + DEADLINE))
         self.assertRegex(log.call_args[0][0], "^error: MemoryError")
 
+    def test_without_memory_even_to_report_it_the_thread_goes_on(self) -> None:
+        failing_log = unittest.mock.patch.object(kv, "log", side_effect=MemoryError)
+        with kv.Server("127.0.0.1", 0, 10, False) as server, failing_log:
+            try:
+                raise MemoryError
+            except MemoryError:
+                server.handle_error(None, None)
+
     def test_a_thread_for_which_there_is_no_memory_is_no_worker(self) -> None:
         """Or the shutdown would join it, which is an error as it has never been started."""
         with kv.Server("127.0.0.1", 0, 10, False) as server, socket.socket() as client:
