@@ -292,7 +292,7 @@ MAX_VALUE = 10 * 1024 * 1024
 # for room for 8,000 at least.
 MAX_LINE = 8192
 # The header fields of a request, in bytes and in lines. Browsers with all their cookies stay under
-# 16 KiB and 50 lines. More would be memory that each unfinished request can hold.
+# 16 KiB and 50 lines. More would be memory that each connection can hold.
 MAX_HEADER = 32 * 1024
 MAX_FIELDS = 100
 
@@ -311,7 +311,7 @@ REQUEST_LINE = re.compile(
     # The path begins here, or behind a scheme and a host, which is not empty and has an end.
     rb"(?:(?=/)|(?i:https?)://(?=[^/?:])" + HOST + rb"(?=[/? ]))"
     rb"(" + PATH + rb")(?:\?" + QUERY + rb")? "
-    rb"HTTP/1\.([01])"
+    rb"(HTTP/1\.[01])"
 )
 OTHER_VERSION = re.compile(TOKEN + rb" [^ ]+ HTTP/(?!1\.[01]$)[0-9]\.[0-9]")
 # RFC 9112 5 and RFC 9110 5.5: no white space before the colon, no folding, no control characters.
@@ -341,8 +341,8 @@ class Fields(NamedTuple):
     expects_continue: bool
 
 
-def parse_request_line(line: bytes) -> tuple[str, str, bool]:
-    """Return the method, the path as it was sent, and whether the version is HTTP/1.1."""
+def parse_request_line(line: bytes) -> tuple[str, str, str]:
+    """Return the method, the path as it was sent, and the version."""
     if len(line) > MAX_LINE:
         raise Refusal(414, "request line too long")
     match = REQUEST_LINE.fullmatch(line)
@@ -350,8 +350,8 @@ def parse_request_line(line: bytes) -> tuple[str, str, bool]:
         if OTHER_VERSION.fullmatch(line):
             raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
         raise Refusal(400, "malformed request line")
-    method, path, minor = match.groups()
-    return method.decode(), path.decode(), minor == b"1"
+    method, path, version = match.groups()
+    return method.decode(), path.decode(), version.decode()
 
 
 def has_bare_line_end(data: bytes) -> bool:
@@ -379,8 +379,9 @@ def members(values: list[bytes]) -> set[bytes]:
     return {each.strip(b" \t") for each in b",".join(values).lower().split(b",")} - {b""}
 
 
-def parse_fields(block: bytes, http11: bool) -> Fields:
+def parse_fields(block: bytes, version: str) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
+    http11 = version == "HTTP/1.1"
     if len(block) > MAX_HEADER:
         raise Refusal(431, "header too large")
     values: dict[bytes, list[bytes]] = {}
@@ -488,8 +489,37 @@ RECEIVE_SIZE = 8192
 RECEIVE_BODY_SIZE = 64 * 1024
 
 HEAD_END = b"\r\n\r\n"
-KV_METHODS = ("GET", "HEAD", "PUT", "DELETE")
-METHODS = {"/health": ("GET", "HEAD"), "/clear": ("DELETE",)}
+# Which method of Handler serves what; behind "/kv/" there is a key.
+ROUTES = {
+    "/kv/": {"GET": "do_GET", "HEAD": "do_GET", "PUT": "do_PUT", "DELETE": "do_DELETE"},
+    "/health": {"GET": "do_health", "HEAD": "do_health"},
+    "/clear": {"DELETE": "do_clear"},
+}
+
+
+def route(method: str, path: str) -> tuple[str, str, tuple[int, str, bytes] | None]:
+    """Return the name of the method of Handler that serves this, the key, and the refusal, if any.
+
+    That is, the arguments of a Refusal, which is to be raised when the body has been read: even a
+    refused request has one, behind which the next request starts.
+    """
+    root, key = path, ""
+    if path.startswith("/kv/"):
+        root, key = "/kv/", path[len("/kv/") :]
+        if "%" in key:
+            key = unquote(key)
+    methods = ROUTES.get(root, {})
+    refusal = None
+    if not methods:
+        refusal = 404, "not found", b""
+    elif method not in methods:
+        allow = f"Allow: {', '.join(methods)}\r\n".encode()
+        refusal = 405, "method not allowed", allow
+    elif root == "/kv/" and not key:
+        refusal = 400, "key cannot be empty", b""
+    elif root == "/kv/" and not KEY.fullmatch(key):
+        refusal = 400, "key contains invalid characters", b""
+    return methods.get(method, ""), key, refusal
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -511,6 +541,7 @@ class Handler(BaseHTTPRequestHandler):
         self._receive_seconds = 0.0  # no limit set yet, see _receive
         self._spared_until = time.monotonic() + FIRST_SECONDS  # see Server.idle
         self._buffer = b""
+        self._parsed_head: bytes | None = None  # see parse_request
 
     def finish(self) -> None:
         """Flush nothing: the base class would, but the files it has for that are not made here."""
@@ -530,19 +561,17 @@ class Handler(BaseHTTPRequestHandler):
             if not received:
                 return
             self._buffer += received
-        self.command, self._line = "", b""
+        self.command, self._head = "", b""
         refused = False
         try:
             self.parse_request()
-            refusal = self._route()
-            if refusal and self._fields.expects_continue:
-                raise refusal  # before the body, which the client then may send or not
-            # Even a refused request has a body, behind which the next one starts.
+            if self._refusal and self._fields.expects_continue:
+                raise Refusal(*self._refusal)  # before the body, which may then come or not
             self._body = self._read_body()
             self.close_connection = not self._fields.keep_alive
-            if refusal:
-                raise refusal
-            getattr(self, "do_" + self.command)()
+            if self._refusal:
+                raise Refusal(*self._refusal)
+            getattr(self, self._served_by)()
         except Refusal as refusal:
             refused = True
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
@@ -552,48 +581,33 @@ class Handler(BaseHTTPRequestHandler):
             self._linger()
 
     def parse_request(self) -> bool:
-        """Read a request's head: sets command, path, request_version and `_fields`.
+        """Read a request's head: sets command, path, request_version, `_fields`, and the route.
 
-        True, as the base class has it; a request that is not to be served raises Refusal.
+        True, as the base class has it; a request whose end cannot be found raises Refusal.
         """
         self._deadline = time.monotonic() + STALL_SECONDS
-        # Two line ends: one between the two parts, and one of an empty line in front.
+        # Two line ends: one between the two parts, and one of an empty line in front, which is
+        # ignored.
         head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + 2 * len(b"\r\n"))
-        self._line, _, block = head.partition(b"\r\n")
-        if not self._line:  # the empty line in front
-            self._line, _, block = block.partition(b"\r\n")
-        self.command, self.path, http11 = parse_request_line(self._line)
-        self.request_version = "HTTP/1.1" if http11 else "HTTP/1.0"
-        parse = remembered_fields if len(block) <= MAX_REMEMBERED_BLOCK else parse_fields
-        self._fields = parse(block, http11)
+        self._head = head.removeprefix(b"\r\n")
+        # To parse it takes as long as all the rest, and a client that asks for the same again, as a
+        # monitor does, sends the same bytes.
+        if self._head != self._parsed_head:
+            line, _, block = self._head.partition(b"\r\n")
+            method, path, version = request_line = parse_request_line(line)
+            parse = remembered_fields if len(block) <= MAX_REMEMBERED_BLOCK else parse_fields
+            self._parsed = request_line, parse(block, version), route(method, path)
+            self._parsed_head = self._head
+        (self.command, self.path, self.request_version), self._fields, routed = self._parsed
+        self._served_by, self._key, self._refusal = routed
         return True
 
-    def _route(self) -> Refusal | None:
-        """Say whether this path exists and has this method; under /kv/, set `_key`."""
-        is_kv = self.path.startswith("/kv/")
-        methods = KV_METHODS if is_kv else METHODS.get(self.path, ())
-        if not methods:
-            return Refusal(404, "not found")
-        if self.command not in methods:
-            allow = f"Allow: {', '.join(methods)}\r\n".encode()
-            return Refusal(405, "method not allowed", allow)
-        # Latin-1 has a character for every byte, and a key takes only the ASCII ones.
-        self._key = unquote(self.path[len("/kv/") :], "latin-1") if is_kv else ""
-        if is_kv and not self._key:
-            return Refusal(400, "key cannot be empty")
-        if is_kv and not KEY.fullmatch(self._key):
-            return Refusal(400, "key contains invalid characters")
-        return None
-
     def do_GET(self) -> None:
-        if self.path == "/health":
-            self._answer(200, b"ok\n")
-        elif (value := self.server.store.get(self._key)) is None:
+        value = self.server.store.get(self._key)
+        if value is None:
             self._answer(404, b"key not found\n")
         else:
             self._answer(200, value.encode())
-
-    do_HEAD = do_GET  # _answer leaves the body out
 
     def do_PUT(self) -> None:
         if not self._body:
@@ -606,11 +620,15 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200)
 
     def do_DELETE(self) -> None:
-        if self.path == "/clear":
-            self.server.store.clear()
-        else:
-            self.server.store.delete(self._key)
+        self.server.store.delete(self._key)
         self._answer(200)
+
+    def do_clear(self) -> None:
+        self.server.store.clear()
+        self._answer(200)
+
+    def do_health(self) -> None:
+        self._answer(200, b"ok\n")
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
@@ -628,7 +646,8 @@ class Handler(BaseHTTPRequestHandler):
         self._spared_until = 0.0
         if self.server.verbose:
             # As a representation, because a client can put anything into it; and not of any length.
-            log(f"{self.client_address[0]} {repr(self._line)[1:]:.1000} {status} {len(body)}")
+            line = self._head.partition(b"\r\n")[0]
+            log(f"{self.client_address[0]} {repr(line)[1:]:.1000} {status} {len(body)}")
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -678,9 +697,9 @@ class Handler(BaseHTTPRequestHandler):
         """Take the input up to and with `end` out of the buffer; return it without `end`."""
         while True:
             text, found, rest = self._buffer.partition(end)
-            # With the end on both sides, because `text` may have a part of it as long as it is not
-            # found: the limit is the same however the bytes arrive.
-            if len(text) + len(found) > limit + len(end):
+            # As long as it is not found, `text` may have a part of it. So the limit is the same
+            # however the bytes arrive.
+            if len(text) > (limit if found else limit + len(end)):
                 is_request_line = end == HEAD_END and b"\r\n" not in text
                 raise Refusal(414 if is_request_line else 431, "line or header too long")
             if found:

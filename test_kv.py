@@ -693,6 +693,26 @@ class APITest(unittest.TestCase):
             self.assertEqual(head.status, get.status)
             self.assertEqual({**head.fields, "Date": ""}, {**get.fields, "Date": ""})
 
+    def test_a_head_that_comes_again_has_another_body(self) -> None:
+        for value in (b"one", b"two"):
+            self.check(self.client.request("PUT", "/kv/again", value), 200, b"")
+            for _ in range(2):
+                self.check(self.client.request("GET", "/kv/again"), 200, value)
+            for _ in range(2):
+                answer = self.client.request("PUT", "/kv/a+b", value)
+                self.check(answer, 400, b"key contains invalid characters\n")
+        for _ in range(2):
+            self.check(self.client.request("DELETE", "/kv/again"), 200, b"")
+            self.check(self.client.request("GET", "/kv/again"), 404, b"key not found\n")
+            answer = self.client.request("POST", "/kv/again", b"value")
+            self.check(answer, 405, b"method not allowed\n")
+
+    def test_a_refusal_does_not_take_the_method_of_the_request_before(self) -> None:
+        """It has a body, unlike the answer to HEAD."""
+        self.client.request("HEAD", "/health")
+        self.client.send(b"\n")
+        self.check(self.client.receive(), 400, b"bare CR or LF\n")
+
     def test_other_methods_are_not_allowed(self) -> None:
         kv_methods = "GET, HEAD, PUT, DELETE"
         for method in ("POST", "PATCH", "OPTIONS", "TRACE", "get", "QUERY"):
@@ -927,6 +947,7 @@ RULES = [
     Rule("7.1", "the longest line, with 8,192 bytes up to the middle of its end",
          PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
          + b"1;a=" + b"b" * 8188 + END + b"a\r\n0\r\n\r\n", "200 open"),
+    Rule("7.1", "one byte more", CHUNKED + b"1;" + b"a" * 8191 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
     Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
     Rule("7.1", "together too large",
          CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n", "413 closed"),
@@ -1048,6 +1069,21 @@ class HTTPTest(KVTest):
         client.send(b"value")
         self.assertEqual(client.receive().status, 200)
         self.assertEqual(client.request("GET", "/kv/a").body, b"value")
+
+    def test_a_head_that_comes_again_is_not_parsed_again(self) -> None:
+        """It would take as long as all the rest of our work."""
+        heads = [request("GET", path) for path in ("/health", "/health", "/health?", "/health")]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = Client(listener.getsockname()[1])
+            connection, address = listener.accept()
+        parse = kv.parse_request_line
+        with client, connection, kv.Server("127.0.0.1", 0, 10, False) as server:
+            client.send(b"".join(heads))
+            client.socket.shutdown(socket.SHUT_WR)
+            with unittest.mock.patch("kv.parse_request_line", side_effect=parse) as parser:
+                kv.Handler(connection, address, server)
+            self.assertEqual([client.receive().status for _ in heads], [200] * 4)
+            self.assertEqual(parser.call_count, 3)
 
     def test_who_is_still_sending_can_read_the_refusal(self) -> None:
         """Closing with unread input would reset the connection and lose the answer."""
@@ -2142,11 +2178,18 @@ class CommandLineTest(KVTest):
             client.request("PUT", "/kv/a", b"1")
             client.request("GET", "/kv/" + "x" * 8000)
             client.request("GET", "/kv/a?\x1b[31m")
+        server.wait_for_log("' 400 23\n")
+        with server.connect() as client:
+            client.send(b"\r\n" + request("GET", "/health") + b"\n")
+            client.receive()
+            client.receive()
         self.assertEqual(server.stop(), 0)
         lines = [line for line in server.log.split("\n") if line.startswith("kv.py: 127.0.0.1 ")]
         self.assertEqual(lines[0], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
         self.assertLess(len(lines[1]), 2000)
         self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
+        self.assertEqual(lines[3], "kv.py: 127.0.0.1 'GET /health HTTP/1.1' 200 3")
+        self.assertEqual(lines[4], "kv.py: 127.0.0.1 '' 400 14")
 
     def log_into(
         self, reader: int, writer: int, *command: str
@@ -2673,11 +2716,12 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     yield "load 1,000,000 pairs, plain: pickle.load", ours, plain, "s"
     os.close(descriptor)
     with ServerProcess(top) as server:
-        key = request("GET", "/kv/key0000000000001")
-        many = requests_per_second(server.port, 64, [key], 1.0)
+        keys = random.sample(sorted(pairs), 20_000)
+        gets = [request("GET", f"/kv/{key}") for key in keys]
+        many = requests_per_second(server.port, 64, gets, 1.0)
         with ServerProcess(top / "few") as few:
-            few.request("PUT", "/kv/key0000000000001", pairs["key0000000000001"].encode())
-            one = requests_per_second(few.port, 64, [key], 1.0)
+            few.request("PUT", f"/kv/{keys[0]}", pairs[keys[0]].encode())
+            one = requests_per_second(few.port, 64, gets[:1], 1.0)
         yield "GET, 1,000,000 keys, plain: one key", many / 1000, one / 1000, "1,000/s"
         if sys.platform == "linux":
             server.request("PUT", "/kv/one-more", b"value")
