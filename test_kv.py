@@ -947,7 +947,7 @@ RULES = [
     Rule("7.1", "the longest line, with 8,192 bytes up to the middle of its end",
          PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
          + b"1;a=" + b"b" * 8188 + END + b"a\r\n0\r\n\r\n", "200 open"),
-    Rule("7.1", "one byte more", CHUNKED + b"1;" + b"a" * 8191 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
+    Rule("7.1", "a longer one", CHUNKED + b"1;" + b"a" * 8191 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
     Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
     Rule("7.1", "together too large",
          CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n", "413 closed"),
@@ -2716,13 +2716,15 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     yield "load 1,000,000 pairs, plain: pickle.load", ours, plain, "s"
     os.close(descriptor)
     with ServerProcess(top) as server:
-        keys = random.sample(sorted(pairs), 20_000)
-        gets = [request("GET", f"/kv/{key}") for key in keys]
+        # Always different ones: those of the last request on a connection are answered sooner.
+        gets = [request("GET", f"/kv/{key}") for key in random.sample(sorted(pairs), 20_000)]
         many = requests_per_second(server.port, 64, gets, 1.0)
         with ServerProcess(top / "few") as few:
-            few.request("PUT", f"/kv/{keys[0]}", pairs[keys[0]].encode())
-            one = requests_per_second(few.port, 64, gets[:1], 1.0)
-        yield "GET, 1,000,000 keys, plain: one key", many / 1000, one / 1000, "1,000/s"
+            gets = [request("GET", f"/kv/{key}") for key in list(pairs)[:1000]]
+            for key in list(pairs)[:1000]:
+                few.request("PUT", f"/kv/{key}", pairs[key].encode())
+            some = requests_per_second(few.port, 64, gets, 1.0)
+        yield "GET, 1,000,000 keys, plain: 1,000", many / 1000, some / 1000, "1,000/s"
         if sys.platform == "linux":
             server.request("PUT", "/kv/one-more", b"value")
             before = highest = server.resident_bytes()
