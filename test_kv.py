@@ -947,7 +947,7 @@ RULES = [
     Rule("7.1", "the longest line, with 8,192 bytes up to the middle of its end",
          PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
          + b"1;a=" + b"b" * 8188 + END + b"a\r\n0\r\n\r\n", "200 open"),
-    Rule("7.1", "a longer one", CHUNKED + b"1;" + b"a" * 8191 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
+    Rule("7.1", "longer", CHUNKED + b"1;" + b"a" * 8191 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
     Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
     Rule("7.1", "together too large",
          CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n", "413 closed"),
