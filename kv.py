@@ -489,7 +489,8 @@ RECEIVE_SIZE = 8192
 RECEIVE_BODY_SIZE = 64 * 1024
 
 HEAD_END = b"\r\n\r\n"
-# Which method of Handler serves what; behind "/kv/" there is a key.
+# Which method of Handler serves what. Behind "/kv/" comes the key. HEAD is served like GET, as
+# _answer leaves the body out.
 ROUTES = {
     "/kv/": {"GET": "do_GET", "HEAD": "do_GET", "PUT": "do_PUT", "DELETE": "do_DELETE"},
     "/health": {"GET": "do_health", "HEAD": "do_health"},
@@ -503,11 +504,8 @@ def route(method: str, path: str) -> tuple[str, str, tuple[int, str, bytes] | No
     That is, the arguments of a Refusal, which is to be raised when the body has been read: even a
     refused request has one, behind which the next request starts.
     """
-    root, key = path, ""
-    if path.startswith("/kv/"):
-        root, key = "/kv/", path[len("/kv/") :]
-        if "%" in key:
-            key = unquote(key)
+    root = "/kv/" if path.startswith("/kv/") else path
+    key = unquote(path[len(root) :])
     methods = ROUTES.get(root, {})
     refusal = None
     if not methods:
@@ -586,12 +584,11 @@ class Handler(BaseHTTPRequestHandler):
         True, as the base class has it; a request whose end cannot be found raises Refusal.
         """
         self._deadline = time.monotonic() + STALL_SECONDS
-        # Two line ends: one between the two parts, and one of an empty line in front, which is
-        # ignored.
+        # Two line ends: one between the two parts, and one of an empty line in front.
         head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + 2 * len(b"\r\n"))
         self._head = head.removeprefix(b"\r\n")
-        # To parse it takes as long as all the rest, and a client that asks for the same again, as a
-        # monitor does, sends the same bytes.
+        # A client that asks for the same again, as a monitor does, sends the same bytes, and to
+        # parse them takes as long as all the rest.
         if self._head != self._parsed_head:
             line, _, block = self._head.partition(b"\r\n")
             method, path, version = request_line = parse_request_line(line)
