@@ -2727,15 +2727,18 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     yield "load 1,000,000 pairs, plain: pickle.load", ours, plain, "s"
     os.close(descriptor)
     with ServerProcess(top) as server:
-        # Always different ones: those of the last request on a connection are answered sooner.
-        gets = [request("GET", f"/kv/{key}") for key in random.sample(sorted(pairs), 20_000)]
-        many = requests_per_second(server.port, 64, gets, 1.0)
+        # Always different ones, because a connection's last key is answered sooner.
+        many = [request("GET", f"/kv/{key}") for key in random.sample(sorted(pairs), 20_000)]
+        some = [request("GET", f"/kv/{key}") for key in list(pairs)[:1000]]
+        rates = []
         with ServerProcess(top / "few") as few:
-            gets = [request("GET", f"/kv/{key}") for key in list(pairs)[:1000]]
             for key in list(pairs)[:1000]:
                 few.request("PUT", f"/kv/{key}", pairs[key].encode())
-            some = requests_per_second(few.port, 64, gets, 1.0)
-        yield "GET, 1,000,000 keys, plain: 1,000", many / 1000, some / 1000, "1,000/s"
+            for _ in range(3):
+                ours = requests_per_second(server.port, 64, many, 1.0) / 1000
+                plain = requests_per_second(few.port, 64, some, 1.0) / 1000
+                rates.append((ours / plain, ours, plain))
+        yield "GET, 1,000,000 keys, plain: 1,000", *sorted(rates)[1][1:], "1,000/s"
         if sys.platform == "linux":
             server.request("PUT", "/kv/one-more", b"value")
             before = highest = server.resident_bytes()
