@@ -421,7 +421,7 @@ def parse_fields(block: bytes, version: str) -> Fields:
 # A client repeats its header fields byte for byte with each request, and parsing them costs more
 # than all the rest. 256 blocks of up to 1 KiB are enough for the clients of a busy moment and
 # cannot be made to fill the memory.
-MAX_REMEMBERED_BLOCK = 1024
+MAX_REMEMBERED = 1024
 remembered_fields = functools.lru_cache(maxsize=256)(parse_fields)
 
 
@@ -489,6 +489,9 @@ RECEIVE_SIZE = 8192
 RECEIVE_BODY_SIZE = 64 * 1024
 
 HEAD_END = b"\r\n\r\n"
+# What the buffer of an idle connection may have: some clients send an empty line behind a body. It
+# is left to the head of the next request. RFC 9112 2.2.
+NO_REQUEST = (b"", b"\r", b"\r\n")
 # Which method of Handler serves what. Behind "/kv/" comes the key. HEAD is served like GET, as
 # _answer leaves the body out.
 ROUTES = {
@@ -498,26 +501,32 @@ ROUTES = {
 }
 
 
-def route(method: str, path: str) -> tuple[str, str, tuple[int, str, bytes] | None]:
-    """Return the name of the method of Handler that serves this, the key, and the refusal, if any.
+class Route(NamedTuple):
+    """Which method of Handler serves a request, and the key; or why none does.
 
-    That is, the arguments of a Refusal, which is to be raised when the body has been read: even a
-    refused request has one, behind which the next request starts.
+    That is, the arguments of a Refusal: this is kept, and an exception that is raised again and
+    again would collect tracebacks.
     """
-    root = "/kv/" if path.startswith("/kv/") else path
-    key = unquote(path[len(root) :])
-    methods = ROUTES.get(root, {})
-    refusal = None
+
+    served_by: str = ""
+    key: str = ""
+    refusal: tuple[int, str, bytes] | None = None
+
+
+def route(method: str, path: str) -> Route:
+    is_kv = path.startswith("/kv/")
+    methods = ROUTES.get("/kv/" if is_kv else path)
     if not methods:
-        refusal = 404, "not found", b""
-    elif method not in methods:
+        return Route(refusal=(404, "not found", b""))
+    if method not in methods:
         allow = f"Allow: {', '.join(methods)}\r\n".encode()
-        refusal = 405, "method not allowed", allow
-    elif root == "/kv/" and not key:
-        refusal = 400, "key cannot be empty", b""
-    elif root == "/kv/" and not KEY.fullmatch(key):
-        refusal = 400, "key contains invalid characters", b""
-    return methods.get(method, ""), key, refusal
+        return Route(refusal=(405, "method not allowed", allow))
+    key = unquote(path[len("/kv/") :]) if is_kv else ""
+    if is_kv and not key:
+        return Route(refusal=(400, "key cannot be empty", b""))
+    if is_kv and not KEY.fullmatch(key):
+        return Route(refusal=(400, "key contains invalid characters", b""))
+    return Route(methods[method], key)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -530,6 +539,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     server: Server
+    _body: bytes | bytearray
 
     def setup(self) -> None:
         self.connection: socket.socket = self.request
@@ -539,7 +549,7 @@ class Handler(BaseHTTPRequestHandler):
         self._receive_seconds = 0.0  # no limit set yet, see _receive
         self._spared_until = time.monotonic() + FIRST_SECONDS  # see Server.idle
         self._buffer = b""
-        self._parsed_head: bytes | None = None  # see parse_request
+        self._parsed_head: bytes | None = None  # see _read_head
 
     def finish(self) -> None:
         """Flush nothing: the base class would, but the files it has for that are not made here."""
@@ -551,56 +561,55 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True  # unless the end of the request is found
-        self._body: bytes | bytearray = b""  # an idle connection would keep the last one
-        # RFC 9112 2.2: some clients send an empty line behind a body. With that the connection is
-        # still idle, and the line is left to parse_request.
-        while self._buffer in (b"", b"\r", b"\r\n"):
+        # An idle connection would keep what the last request was.
+        self.command, self._head, self._body = "", b"", b""
+        while self._buffer in NO_REQUEST:
             received = self._receive_idly(RECEIVE_SIZE, IDLE_SECONDS)
             if not received:
                 return
             self._buffer += received
-        self.command, self._head = "", b""
         refused = False
         try:
-            self.parse_request()
-            if self._refusal and self._fields.expects_continue:
-                raise Refusal(*self._refusal)  # before the body, which may then come or not
+            self._read_head()
+            refusal = self._route.refusal
+            if refusal and self._fields.expects_continue:
+                raise Refusal(*refusal)  # before the body, which the client then may send or not
+            # Even a refused request has a body, behind which the next one starts.
             self._body = self._read_body()
             self.close_connection = not self._fields.keep_alive
-            if self._refusal:
-                raise Refusal(*self._refusal)
-            getattr(self, self._served_by)()
+            if refusal:
+                raise Refusal(*refusal)
+            getattr(self, self._route.served_by)()
         except Refusal as refusal:
             refused = True
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
         except StoreClosed:
             self._answer(503, b"shutting down\n")
-        if self.close_connection and (refused or self.server.draining):
+        if self.close_connection and (refused or self._body or self.server.draining):
             self._linger()
 
-    def parse_request(self) -> bool:
-        """Read a request's head: sets command, path, request_version, `_fields`, and the route.
+    def _read_head(self) -> None:
+        """Read a request's head: sets command, request_version, `_fields` and `_route`.
 
-        True, as the base class has it; a request whose end cannot be found raises Refusal.
+        Raises Refusal for what breaks the rules of HTTP.
         """
         self._deadline = time.monotonic() + STALL_SECONDS
-        # Two line ends: one between the two parts, and one of an empty line in front.
+        # Two line ends: the one between request line and fields, and an empty line in front.
         head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + 2 * len(b"\r\n"))
         self._head = head.removeprefix(b"\r\n")
-        # A client that asks for the same again, as a monitor does, sends the same bytes, and to
-        # parse them takes as long as all the rest.
+        # A client that asks for the same again, as a monitor does, sends the same bytes. Request
+        # line and route would take as long as all the rest.
         if self._head != self._parsed_head:
             line, _, block = self._head.partition(b"\r\n")
-            method, path, version = request_line = parse_request_line(line)
-            parse = remembered_fields if len(block) <= MAX_REMEMBERED_BLOCK else parse_fields
-            self._parsed = request_line, parse(block, version), route(method, path)
-            self._parsed_head = self._head
-        (self.command, self.path, self.request_version), self._fields, routed = self._parsed
-        self._served_by, self._key, self._refusal = routed
-        return True
+            method, path, version = parse_request_line(line)
+            self.command = method  # now, for the answer to a HEAD of which the fields are refused
+            parse = remembered_fields if len(block) <= MAX_REMEMBERED else parse_fields
+            self._parsed = method, version, parse(block, version), route(method, path)
+            self._parsed_head = self._head if len(self._head) <= MAX_REMEMBERED else None
+        self.command, self.request_version, self._fields, self._route = self._parsed
 
     def do_GET(self) -> None:
-        value = self.server.store.get(self._key)
+        value = self.server.store.get(self._route.key)
         if value is None:
             self._answer(404, b"key not found\n")
         else:
@@ -613,11 +622,11 @@ class Handler(BaseHTTPRequestHandler):
             value = self._body.decode()
         except UnicodeDecodeError:
             raise Refusal(400, "value must be UTF-8 text") from None
-        self.server.store.put(self._key, value)
+        self.server.store.put(self._route.key, value)
         self._answer(200)
 
     def do_DELETE(self) -> None:
-        self.server.store.delete(self._key)
+        self.server.store.delete(self._route.key)
         self._answer(200)
 
     def do_clear(self) -> None:
@@ -629,7 +638,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
-        if self.server.draining and not self._buffer:  # else there is a further request in flight
+        if self.server.draining and self._buffer in NO_REQUEST:  # the next one would be in flight
             self.close_connection = True
         if self.close_connection:
             field += b"Connection: close\r\n"
@@ -744,7 +753,7 @@ class Handler(BaseHTTPRequestHandler):
 
         RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
         only our direction is closed, and what comes is thrown away for a while: the rest of a
-        refused request, or during a drain, the next request.
+        refused request, an empty line behind a body, or during a drain, the next request.
         """
         self.connection.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_SECONDS

@@ -1108,6 +1108,24 @@ class HTTPTest(KVTest):
                 self.assertTrue(client.is_closed())
 
     @on_linux
+    def test_an_empty_line_behind_the_last_body_does_not_reset_the_connection(self) -> None:
+        server = self.start()
+        client = self.client(server)
+        client.send(request("PUT", "/kv/a", None, "Content-Length: 1", "Connection: close"))
+        wait_until(functools.partial(has_read_all, server.port, client), "it waits for the body")
+        client.send(b"1\r\n")
+        self.assertEqual(client.receive().status, 200)
+        self.assertEqual(client.file.read(1), b"")
+
+    def test_a_refused_head_has_no_body_either(self) -> None:
+        server = self.start()
+        for refused in (b"", b"Content-Length: 99999999\r\n" + HOST, b"Expect: x\r\n" + HOST):
+            with server.connect() as client:
+                client.send(b"HEAD /health HTTP/1.1\r\n" + refused + END)
+                self.assertIn(client.receive("HEAD").status, (400, 413, 417))
+                self.assertEqual(client.file.read(), b"")
+
+    @on_linux
     def test_no_head_takes_long_to_refuse(self) -> None:
         """A search that goes back quadratically would stop all threads for seconds."""
         server = self.start()
@@ -1336,6 +1354,16 @@ class ServerTest(KVTest):
         for _ in range(20):
             self.client(server).request("PUT", "/kv/a", b"x" * 10_000_000)
         self.assertLess(server.resident_bytes() - before, 50_000_000)
+
+    @on_linux
+    def test_an_idle_connection_does_not_keep_a_large_head(self) -> None:
+        server = self.start(env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "20000"})
+        before = server.resident_bytes()
+        for _ in range(300):
+            client = self.client(server)
+            for _ in range(2):
+                client.request("GET", "/health", None, "Cookie: " + "x" * 30_000)
+        self.assertLess(server.resident_bytes() - before, 300 * 40_000)
 
     def test_a_client_that_hangs_up_leaves_no_trace_in_the_log(self) -> None:
         server = self.start()
@@ -1655,6 +1683,19 @@ class ShutdownTest(KVTest):
         client.send(request("PUT", "/kv/a", None, "Content-Length: 99999999"))
         self.assertEqual(client.receive().status, 413)
         self.stop_at_once(server)
+
+    @on_linux
+    def test_an_empty_line_behind_the_last_request_is_not_one_more(self) -> None:
+        server = self.start()
+        client = self.client(server)
+        client.send(GET + HOST)
+        wait_until(functools.partial(has_read_all, server.port, client), "it is in flight")
+        server.send_signal()
+        wait_until(lambda: not listens(server.port), "new connections are refused")
+        client.send(END + END)
+        answer = client.receive()
+        self.assertEqual((answer.status, answer.fields.get("Connection")), (200, "close"))
+        self.assertEqual(server.exit_code(), 0)
 
     def test_who_sends_one_more_request_can_read_the_last_answer(self) -> None:
         """Closing with that request unread would reset the connection."""
