@@ -561,7 +561,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True  # unless the end of the request is found
-        # An idle connection would keep what the last request was.
+        # Forget the last request: while idle, it would only take memory, and if the next head cannot
+        # be read, that would be answered and logged as if it were this one.
         self.command, self._head, self._body = "", b"", b""
         while self._buffer in NO_REQUEST:
             received = self._receive_idly(RECEIVE_SIZE, IDLE_SECONDS)
@@ -580,9 +581,9 @@ class Handler(BaseHTTPRequestHandler):
             if refusal:
                 raise Refusal(*refusal)
             getattr(self, self._route.served_by)()
-        except Refusal as refusal:
+        except Refusal as error:
             refused = True
-            self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
+            self._answer(error.status, f"{error.reason}\n".encode(), error.field)
         except StoreClosed:
             self._answer(503, b"shutting down\n")
         if self.close_connection and (refused or self._body or self.server.draining):
