@@ -561,8 +561,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True  # unless the end of the request is found
-        # Forget the last request: while idle, it would only take memory, and if the next head cannot
-        # be read, that would be answered and logged as if it were this one.
+        # Forget the last request: while idle, it would only take memory. And a head that cannot be
+        # read would be answered and logged as if it were that one.
         self.command, self._head, self._body = "", b"", b""
         while self._buffer in NO_REQUEST:
             received = self._receive_idly(RECEIVE_SIZE, IDLE_SECONDS)
