@@ -472,9 +472,9 @@ def make_terminal_non_blocking() -> None:
 IDLE_SECONDS = 60.0
 # The same during a shutdown: a client in the listen queue has normally sent its request already.
 DRAIN_IDLE_SECONDS = 0.1
-# How many seconds a new connection cannot be closed to make room, unless it has been answered. A
-# client that shares a busy machine with us may need some of them between connecting and sending.
-FIRST_SECONDS = 5.0
+# How many seconds a new connection cannot be closed to make room, unless it has been answered. Its
+# request may have been lost in a burst, and then comes again after 0.2 s, 0.4 s, ... or 6.4 s.
+FIRST_SECONDS = 10.0
 # How many seconds the whole head of a request may take, which is one packet normally; or the next
 # piece of a body; or the next piece of an answer to leave. Whoever needs longer is gone, or wants
 # to hold the worker.

@@ -1257,7 +1257,9 @@ class ServerTest(KVTest):
 
     def test_connections_that_send_nothing_make_room_for_a_new_one(self) -> None:
         limit = (resource.RLIMIT_NOFILE, (64, 64))
-        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        server = self.start_with(
+            "kv.FIRST_SECONDS = 2.0", preexec_fn=lambda: resource.setrlimit(*limit)
+        )
         clients = [self.client(server) for _ in range(50)]
         self.assertEqual(server.request("GET", "/health").status, 200)
         self.assertTrue(clients[0].is_closed())
@@ -1266,7 +1268,7 @@ class ServerTest(KVTest):
         limit = (resource.RLIMIT_NOFILE, (64, 64))
         server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
         clients = [self.client(server) for _ in range(50)]
-        time.sleep(2)  # the time it takes
+        time.sleep(7)  # the time it takes
         for client in clients:
             client.send(request("GET", "/health"))
         for client in clients:
