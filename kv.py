@@ -36,6 +36,7 @@ syntax, log, one connection, the server, the process. Only the connection also k
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import fcntl
 import functools
@@ -49,6 +50,7 @@ import random
 import re
 import resource
 import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -57,6 +59,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
@@ -288,40 +291,40 @@ class Store:
 # The largest value, in bytes. Receiving one can take three times as much memory, and one that is
 # not all ASCII four times as much for good, as str has up to four bytes for each character.
 MAX_VALUE = 10 * 1024 * 1024
-# The request line, or a chunk's size with extensions, or a trailer field, in bytes. RFC 9112 3 asks
-# for room for 8,000 at least.
+# The request line, or a chunk's size with extensions, in bytes. RFC 9112 3 asks for room for 8,000.
 MAX_LINE = 8192
-# The header fields of a request, in bytes and in lines. Browsers with all their cookies stay under
+# The field lines of a request, in bytes and in lines. Browsers with all their cookies stay under
 # 16 KiB and 50 lines. More would be memory that each connection can hold.
 MAX_HEADER = 32 * 1024
 MAX_FIELDS = 100
 
-TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
-PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next four
+TOKEN_CHARACTERS = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]"  # RFC 9110 5.6.2
+TOKEN = TOKEN_CHARACTERS + rb"+"
+PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next three
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
-# In a path, which each request has, a run of plain characters is one step of the search, and not
-# one for each character as with (?:plain|encoded)*.
+# A run of plain characters is one step of the search. With (?:plain|encoded)* each would be one.
 PLAIN = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
-PATH = PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*"
 QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
 
-# RFC 9112 3: method, origin-form or absolute-form without user information, and version.
-REQUEST_LINE = re.compile(
-    rb"(" + TOKEN + rb") "
-    # The path begins here, or behind a scheme and a host, which is not empty and has an end.
-    rb"(?:(?=/)|(?i:https?)://(?=[^/?:])" + HOST + rb"(?=[/? ]))"
-    rb"(" + PATH + rb")(?:\?" + QUERY + rb")? "
-    rb"(HTTP/1\.[01])"
-)
-OTHER_VERSION = re.compile(TOKEN + rb" [^ ]+ HTTP/(?!1\.[01]$)[0-9]\.[0-9]")
+# GET /kv/a HTTP/1.1
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([^ ]+) HTTP/([0-9])\.([0-9])")
+# /kv/a?query
+ORIGIN_FORM = re.compile(rb"(/" + PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*)(?:\?" + QUERY + rb")?")
+# http://127.0.0.1:8080/kv/a, which a proxy may send. The host is not empty: no colon in front.
+ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(?!:)([^/?]+)(.*)")
+HOST_VALUE = re.compile(HOST)
 # RFC 9112 5 and RFC 9110 5.5: no white space before the colon, no folding, no control characters.
 FIELD = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
-HOST_VALUE = re.compile(HOST)
 # RFC 9112 7.1.1: the size, then extensions, which are checked and ignored.
 QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'  # RFC 9110 5.6.4
 EXTENSION = rb"[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?"
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:" + EXTENSION + rb")*")
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
+
+# What may stand in front of the end of a line, or of several: RFC 9112 2.2 allows no CR or LF
+# without the other. The LF that belongs to a CR at the end may be still to come.
+UNFINISHED_LINE = re.compile(rb"[^\r\n]*\r?")
+UNFINISHED_LINES = re.compile(rb"[^\r\n]*(?:\r\n[^\r\n]*)*\r?")
 
 
 class Refusal(Exception):
@@ -341,30 +344,54 @@ class Fields(NamedTuple):
     expects_continue: bool
 
 
-def parse_request_line(line: bytes) -> tuple[str, str, str]:
-    """Return the method, the path as it was sent, and the version."""
+def check_unfinished_line(line: bytes, status: int) -> None:
+    """Raise Refusal if a line of which the end is still to come is too long or malformed."""
+    if len(line) > MAX_LINE + len(b"\r"):
+        raise Refusal(status, "line too long")
+    if not UNFINISHED_LINE.fullmatch(line):
+        raise Refusal(400, "bare CR or LF")
+
+
+def check_unfinished_head(head: bytes) -> None:
+    """The same for the head of a request, of which the first line may be complete."""
+    line, line_end, block = head.partition(b"\r\n")
+    if not line_end:
+        check_unfinished_line(line, 414)
+        return
+    parse_request_line(line)
+    if len(block) > MAX_HEADER + len(b"\r\n\r"):
+        raise Refusal(431, "header too large")
+    if not UNFINISHED_LINES.fullmatch(block):
+        raise Refusal(400, "bare CR or LF")
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, bool]:
+    """Return the method, the path as it was sent, and whether the client speaks HTTP/1.1."""
     if len(line) > MAX_LINE:
-        raise Refusal(414, "request line too long")
+        raise Refusal(414, "line too long")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
-        if OTHER_VERSION.fullmatch(line):
-            raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
         raise Refusal(400, "malformed request line")
-    method, path, version = match.groups()
-    return method.decode(), path.decode(), version.decode()
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
+    if not target.startswith(b"/"):
+        absolute = ABSOLUTE_FORM.fullmatch(target)
+        if not absolute or not HOST_VALUE.fullmatch(absolute[1]):
+            raise Refusal(400, "malformed request target")
+        target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+    origin = ORIGIN_FORM.fullmatch(target)
+    if not origin:
+        raise Refusal(400, "malformed request target")
+    # A later minor version is HTTP/1.1 with additions that we may ignore: RFC 9110 2.5.
+    return method.decode(), origin[1].decode(), minor != b"0"
 
 
-def has_bare_line_end(data: bytes) -> bool:
-    """Whether there is a CR or LF without the other: RFC 9112 2.2."""
-    pairs = data.count(b"\r\n")
-    # The LF that belongs to a CR at the end may be still to come.
-    return data.count(b"\n") > pairs or data[:-1].count(b"\r") > pairs
-
-
-def parse_field_lines(lines: list[bytes]) -> list[tuple[bytes, bytes]]:
+def parse_field_lines(block: bytes) -> list[tuple[bytes, bytes]]:
     """Return the names, in lower case, and the values."""
-    if len(lines) > MAX_FIELDS:
-        raise Refusal(431, "too many header fields")
+    lines = block.split(b"\r\n") if block else []
+    if len(block) > MAX_HEADER or len(lines) > MAX_FIELDS:
+        raise Refusal(431, "header too large")
     fields = []
     for line in lines:
         match = FIELD.fullmatch(line)
@@ -379,43 +406,40 @@ def members(values: list[bytes]) -> set[bytes]:
     return {each.strip(b" \t") for each in b",".join(values).lower().split(b",")} - {b""}
 
 
-def parse_fields(block: bytes, version: str) -> Fields:
+def parse_fields(block: bytes, http11: bool) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
-    http11 = version == "HTTP/1.1"
-    if len(block) > MAX_HEADER:
-        raise Refusal(431, "header too large")
-    values: dict[bytes, list[bytes]] = {}
-    for name, value in parse_field_lines(block.split(b"\r\n") if block else []):
-        values.setdefault(name, []).append(value)
+    values = collections.defaultdict(list)
+    for name, value in parse_field_lines(block):
+        values[name].append(value)
 
-    hosts = values.get(b"host", [])  # RFC 9112 3.2
+    hosts = values[b"host"]  # RFC 9112 3.2
     if len(hosts) != 1 and (http11 or hosts):
         raise Refusal(400, "a request needs one Host field")
     if hosts and not HOST_VALUE.fullmatch(hosts[0]):
         raise Refusal(400, "invalid Host")
 
-    lengths = set(values.get(b"content-length", []))  # RFC 9112 6.3
-    codings = values.get(b"transfer-encoding", [])
+    lengths, codings = values[b"content-length"], values[b"transfer-encoding"]  # RFC 9112 6.3
     if codings and (lengths or not http11):
         raise Refusal(400, "Transfer-Encoding not allowed here")
-    if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+    if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Refusal(501, "only the chunked transfer coding")
-    digits = lengths.pop() if lengths else b"0"
-    # Not int() alone, which also takes "+1", "1_0" and " 1 ".
-    if lengths or not digits.isdigit():
+    digits = lengths[0] if lengths else b"0"
+    # Two lengths: the proxy in front may have gone by the other. And not int() alone, which also
+    # takes "+1", "1_0" and " 1 ".
+    if any(length != digits for length in lengths) or not digits.isdigit():
         raise Refusal(400, "invalid Content-Length")
     # int() would refuse 5,000 digits in its own way, and 16 are too large already.
-    digits = digits.lstrip(b"0")[:16] or b"0"
-    if int(digits) > MAX_VALUE:
+    length = int(digits.lstrip(b"0")[:16] or b"0")
+    if length > MAX_VALUE:
         raise Refusal(413, "value too large")
 
-    connection = members(values.get(b"connection", []))  # RFC 9112 9.3
+    connection = members(values[b"connection"])  # RFC 9112 9.3
     keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
 
-    expectations = members(values.get(b"expect", []))  # RFC 9110 10.1.1
+    expectations = members(values[b"expect"])  # RFC 9110 10.1.1
     if expectations - {b"100-continue"}:
         raise Refusal(417, "only Expect: 100-continue")
-    return Fields(int(digits), bool(codings), keep_alive, bool(expectations) and http11)
+    return Fields(length, bool(codings), keep_alive, bool(expectations) and http11)
 
 
 # A client repeats its header fields byte for byte with each request, and parsing them costs more
@@ -465,35 +489,39 @@ def make_terminal_non_blocking() -> None:
             os.close(terminal)
 
 
-# ---- Handler: one connection ----
+def log_error(error: Exception) -> None:
+    """Report a mistake in this program, or a lack of memory; the other clients are served."""
+    with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        log(f"error: {error!r} in {frame.f_code.co_name}, line {line}")
 
-# How many seconds a worker waits for the next request. An idle connection costs a thread and 25 KB,
-# so it may stay about as long as a person thinks between two requests.
-IDLE_SECONDS = 60.0
-# The same during a shutdown: a client in the listen queue has normally sent its request already.
-DRAIN_IDLE_SECONDS = 0.1
-# How many seconds a new connection cannot be closed to make room, unless it has been answered. Its
-# request may have been lost in a burst, and then comes again after 0.2 s, 0.4 s, ... or 6.4 s.
-FIRST_SECONDS = 10.0
+
+# ---- Handler: the requests of one connection, while they keep coming ----
+
+# How many seconds a worker waits for the next request before it gives the connection back. A busy
+# client sends it within that time, and so costs no hand-over between threads. If it is longer, more
+# workers wait for nothing.
+PAUSE_SECONDS = 0.1
+# The same in a drain, for clients that do not know of it yet. The exit waits for this.
+DRAIN_SECONDS = 0.25
 # How many seconds the whole head of a request may take, which is one packet normally; or the next
 # piece of a body; or the next piece of an answer to leave. Whoever needs longer is gone, or wants
 # to hold the worker.
 STALL_SECONDS = 15.0
-# What a body must come up to on the whole: a poor line does, and one byte now and then does not.
+# An upload slower than this on average is cut off.
 BODY_BYTES_PER_SECOND = 1024
-# How many seconds a client may go on sending when it has been refused.
+# How many seconds a client may go on sending when it has its last answer.
 LINGER_SECONDS = 5.0
-# Enough for any request but an upload. Each idle connection has a buffer of this size waiting.
+# Enough for any request but an upload.
 RECEIVE_SIZE = 8192
 # For uploads, which take fewer system calls in larger pieces.
 RECEIVE_BODY_SIZE = 64 * 1024
 
-HEAD_END = b"\r\n\r\n"
-# What the buffer of an idle connection may have: some clients send an empty line behind a body. It
-# is left to the head of the next request. RFC 9112 2.2.
+# No request has begun yet: some clients send an empty line behind a body, and RFC 9112 2.2 has us
+# ignore one in front of a request.
 NO_REQUEST = (b"", b"\r", b"\r\n")
 # Which method of Handler serves what. Behind "/kv/" comes the key. HEAD is served like GET, as
-# _answer leaves the body out.
+# `_answer` leaves the body out.
 ROUTES = {
     "/kv/": {"GET": "do_GET", "HEAD": "do_GET", "PUT": "do_PUT", "DELETE": "do_DELETE"},
     "/health": {"GET": "do_health", "HEAD": "do_health"},
@@ -501,120 +529,105 @@ ROUTES = {
 }
 
 
-class Route(NamedTuple):
-    """Which method of Handler serves a request, and the key; or why none does.
-
-    That is, the arguments of a Refusal: this is kept, and an exception that is raised again and
-    again would collect tracebacks.
-    """
-
-    served_by: str = ""
-    key: str = ""
-    refusal: tuple[int, str, bytes] | None = None
-
-
-def route(method: str, path: str) -> Route:
-    is_kv = path.startswith("/kv/")
-    methods = ROUTES.get("/kv/" if is_kv else path)
-    if not methods:
-        return Route(refusal=(404, "not found", b""))
-    if method not in methods:
-        allow = f"Allow: {', '.join(methods)}\r\n".encode()
-        return Route(refusal=(405, "method not allowed", allow))
-    key = unquote(path[len("/kv/") :]) if is_kv else ""
-    if is_kv and not key:
-        return Route(refusal=(400, "key cannot be empty", b""))
-    if is_kv and not KEY.fullmatch(key):
-        return Route(refusal=(400, "key contains invalid characters", b""))
-    return Route(methods[method], key)
-
-
 class Handler(BaseHTTPRequestHandler):
-    """Serves the requests of one connection, one after another.
+    """Serves the requests of one connection while they keep coming, then gives it back.
 
-    The base class has the skeleton: it calls setup, handle, and finish, and handle calls
-    handle_one_request until that sets close_connection. But it reads requests more leniently than
-    RFC 9112 allows. That part is replaced. `_buffer` has the bytes received and not used yet, among
-    which there may already be further requests.
+    The names are those of the base class: do_GET and its like, command, path, close_connection,
+    handle, handle_one_request. Its code is not used. It reads requests more leniently than RFC 9112
+    allows, and its constructor serves a connection to its end, while here the worker calls handle.
     """
 
     server: Server
-    _body: bytes | bytearray
+    connection: socket.socket
 
-    def setup(self) -> None:
-        self.connection: socket.socket = self.request
-        # Each answer is one write. Waiting until it fills a packet would delay it by 40 ms.
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(STALL_SECONDS))
+    def __init__(self, connection: socket.socket, buffer: bytes, server: Server) -> None:
+        """`buffer` has what has already been received of the next request."""
+        self.connection, self.buffer, self.server = connection, buffer, server
+        self.close_connection = False
         self._receive_seconds = 0.0  # no limit set yet, see _receive
-        self._spared_until = time.monotonic() + FIRST_SECONDS  # see Server.idle
-        self._buffer = b""
-        self._parsed_head: bytes | None = None  # see _read_head
-
-    def finish(self) -> None:
-        """Flush nothing: the base class would, but the files it has for that are not made here."""
+        # Nagle's algorithm would hold an answer back until the one before it is acknowledged, and
+        # the client's kernel delays its acknowledgement by 40 ms.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(STALL_SECONDS))
 
     def handle(self) -> None:
-        # The client has hung up, or stalled for too long: nobody is left to be told.
-        with contextlib.suppress(OSError):
-            super().handle()
+        """Serve requests until none comes for a moment, or another connection needs the worker.
+
+        Afterwards `close_connection` says whether the connection is at its end, and `buffer` has
+        what has been received of the next request.
+        """
+        try:
+            while self._wait_for_request():
+                self.handle_one_request()
+                if self.close_connection or self.server.is_anybody_waiting():
+                    break
+        except OSError:
+            # The client has hung up, or stalled for too long: nobody is left to be told.
+            self.close_connection = True
+
+    def _wait_for_request(self) -> bool:
+        """Wait for the first bytes of a request; return whether there are any."""
+        while self.buffer in NO_REQUEST:
+            draining = self.server.draining
+            if draining:
+                seconds = DRAIN_SECONDS
+            else:
+                seconds = 0.0 if self.server.is_anybody_waiting() else PAUSE_SECONDS
+            try:
+                received = self._receive(RECEIVE_SIZE, seconds)
+            except BlockingIOError:
+                # A drain lets nobody park, see Server.park. So this was the last look.
+                self.close_connection = draining
+                return False
+            if not received:
+                self.close_connection = True
+                return False
+            self.buffer += received
+        return True
 
     def handle_one_request(self) -> None:
-        self.close_connection = True  # unless the end of the request is found
-        # Forget the last request: while idle, it would only take memory. And a head that cannot be
-        # read would be answered and logged as if it were that one.
-        self.command, self._head, self._body = "", b"", b""
-        while self._buffer in NO_REQUEST:
-            received = self._receive_idly(RECEIVE_SIZE, IDLE_SECONDS)
-            if not received:
-                return
-            self._buffer += received
-        refused = False
+        self.close_connection = self._may_send_more = True  # until the end of the request is found
+        # Forget the last request: a head that cannot be read would be answered and logged as that.
+        self.command, self._line = "", b""
         try:
             self._read_head()
-            refusal = self._route.refusal
-            if refusal and self._fields.expects_continue:
-                raise Refusal(*refusal)  # before the body, which the client then may send or not
-            # Even a refused request has a body, behind which the next one starts.
-            self._body = self._read_body()
-            self.close_connection = not self._fields.keep_alive
-            if refusal:
-                raise Refusal(*refusal)
-            getattr(self, self._route.served_by)()
-        except Refusal as error:
-            refused = True
-            self._answer(error.status, f"{error.reason}\n".encode(), error.field)
+            # Even a refused request has a body, behind which the next one starts. But a client that
+            # asks first is refused before the body, which it then may send or not.
+            if not self._fields.expects_continue:
+                self._read_body()
+            serve = self._route()
+            if self._fields.expects_continue:
+                self._read_body()
+            serve()
+        except Refusal as refusal:
+            self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
         except StoreClosed:
             self._answer(503, b"shutting down\n")
-        if self.close_connection and (refused or self._body or self.server.draining):
+        if self.close_connection and self._may_send_more:
             self._linger()
 
-    def _read_head(self) -> None:
-        """Read a request's head: sets command, request_version, `_fields` and `_route`.
-
-        Raises Refusal for what breaks the rules of HTTP.
-        """
-        self._deadline = time.monotonic() + STALL_SECONDS
-        # Two line ends: the one between request line and fields, and an empty line in front.
-        head = self._read_through(HEAD_END, MAX_LINE + MAX_HEADER + 2 * len(b"\r\n"))
-        self._head = head.removeprefix(b"\r\n")
-        # A client that asks for the same again, as a monitor does, sends the same bytes. Request
-        # line and route would take as long as all the rest.
-        if self._head != self._parsed_head:
-            line, _, block = self._head.partition(b"\r\n")
-            method, path, version = parse_request_line(line)
-            self.command = method  # now, for the answer to a HEAD of which the fields are refused
-            parse = remembered_fields if len(block) <= MAX_REMEMBERED else parse_fields
-            self._parsed = method, version, parse(block, version), route(method, path)
-            self._parsed_head = self._head if len(self._head) <= MAX_REMEMBERED else None
-        self.command, self.request_version, self._fields, self._route = self._parsed
+    def _route(self) -> Callable[[], None]:
+        """Return the method that serves the request; set `key` if the path has one."""
+        has_key = self.path.startswith("/kv/")
+        methods = ROUTES.get("/kv/" if has_key else self.path)
+        if not methods:
+            raise Refusal(404, "not found")
+        if self.command not in methods:
+            allow = f"Allow: {', '.join(methods)}\r\n".encode()
+            raise Refusal(405, "method not allowed", allow)
+        if has_key:
+            self.key = unquote(self.path[len("/kv/") :])
+            if not self.key:
+                raise Refusal(400, "key cannot be empty")
+            if not KEY.fullmatch(self.key):
+                raise Refusal(400, "key contains invalid characters")
+        return cast("Callable[[], None]", getattr(self, methods[self.command]))
 
     def do_GET(self) -> None:
-        value = self.server.store.get(self._route.key)
+        value = self.server.store.get(self.key)
         if value is None:
-            self._answer(404, b"key not found\n")
-        else:
-            self._answer(200, value.encode())
+            raise Refusal(404, "key not found")
+        self._answer(200, value.encode())
 
     def do_PUT(self) -> None:
         if not self._body:
@@ -623,11 +636,11 @@ class Handler(BaseHTTPRequestHandler):
             value = self._body.decode()
         except UnicodeDecodeError:
             raise Refusal(400, "value must be UTF-8 text") from None
-        self.server.store.put(self._route.key, value)
+        self.server.store.put(self.key, value)
         self._answer(200)
 
     def do_DELETE(self) -> None:
-        self.server.store.delete(self._route.key)
+        self.server.store.delete(self.key)
         self._answer(200)
 
     def do_clear(self) -> None:
@@ -639,51 +652,62 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
-        if self.server.draining and self._buffer in NO_REQUEST:  # the next one would be in flight
+        if not self.server.may_stay() and self.buffer in NO_REQUEST:
             self.close_connection = True
         if self.close_connection:
             field += b"Connection: close\r\n"
-        elif self.request_version == "HTTP/1.0":
+        elif not self._http11:
             field += b"Connection: keep-alive\r\n"
         head = answer_head(status, int(time.time()))
         sent_body = b"" if self.command == "HEAD" else body
         self.connection.sendall(
             b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body)
         )
-        self._spared_until = 0.0
         if self.server.verbose:
             # As a representation, because a client can put anything into it; and not of any length.
-            line = self._head.partition(b"\r\n")[0]
-            log(f"{self.client_address[0]} {repr(line)[1:]:.1000} {status} {len(body)}")
+            address, line = self.connection.getpeername()[0], repr(self._line)[1:]
+            log(f"{address} {line:.1000} {status} {len(body)}")
 
     # -- Receiving: to wait for a client, but never for good --
 
-    def _receive_idly(self, size: int, seconds: float) -> bytes:
-        """Receive without being in flight: the server may hang up meanwhile."""
-        server = self.server
-        # First registered, then looked whether the server is draining. A drain first says so and
-        # then looks who is registered (Server.serve_forever), so one of the two notices the other.
-        server.idle[self.connection] = self._spared_until
-        try:
-            return self._receive(size, DRAIN_IDLE_SECONDS if server.draining else seconds)
-        finally:
-            del server.idle[self.connection]
+    def _read_head(self) -> None:
+        """Take a request's head out of the input: sets command, path, and what the fields mean.
 
-    def _read_body(self) -> bytes | bytearray:
-        """Read the request's body. This is the one place that says where it ends: RFC 9112 6.3."""
-        fields = self._fields
-        if not (fields.length or fields.chunked):
-            return b""
-        if fields.expects_continue and not self._buffer:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        Raises Refusal for what breaks the rules of HTTP.
+        """
         self._deadline = time.monotonic() + STALL_SECONDS
-        return self._read_chunks() if fields.chunked else self._read(fields.length)
+        self.buffer = self.buffer.removeprefix(b"\r\n")
+        while b"\r\n\r\n" not in self.buffer:
+            check_unfinished_head(self.buffer)
+            self.buffer += self._receive_in_time(RECEIVE_SIZE)
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        self._line, _, block = head.partition(b"\r\n")
+        # The method first: if the fields of a HEAD are refused, that answer has no body either.
+        self.command, self.path, self._http11 = parse_request_line(self._line)
+        parse = remembered_fields if len(block) <= MAX_REMEMBERED else parse_fields
+        self._fields = parse(block, self._http11)
+
+    def _read_body(self) -> None:
+        """Take the request's body out of the input.
+
+        This is the one place that says where a request ends: RFC 9112 6.3.
+        """
+        fields = self._fields
+        self._body: bytes | bytearray = b""
+        if fields.length or fields.chunked:
+            if fields.expects_continue and not self.buffer:
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._deadline = time.monotonic() + STALL_SECONDS
+            self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
+        self.close_connection = not fields.keep_alive
+        # Its next request, or an empty line behind the body, which some clients send.
+        self._may_send_more = fields.keep_alive or bool(self._body)
 
     def _read_chunks(self) -> bytearray:
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
         body = bytearray()
         while True:
-            match = CHUNK.fullmatch(self._read_through(b"\r\n", MAX_LINE))
+            match = CHUNK.fullmatch(self._read_line())
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
@@ -694,32 +718,26 @@ class Handler(BaseHTTPRequestHandler):
             body += self._read(size)
             if self._read(2) != b"\r\n":
                 raise Refusal(400, "malformed chunk")
-        trailer: list[bytes] = []
-        while line := self._read_through(b"\r\n", MAX_LINE):
-            trailer.append(line)
-            parse_field_lines(trailer)  # each time, so that there are never too many
+        trailer = b""
+        while line := self._read_line():
+            trailer += line + b"\r\n"
+            parse_field_lines(trailer.removesuffix(b"\r\n"))  # each time: there may be no end
         return body
 
-    def _read_through(self, end: bytes, limit: int) -> bytes:
-        """Take the input up to and with `end` out of the buffer; return it without `end`."""
-        while True:
-            text, found, rest = self._buffer.partition(end)
-            # As long as it is not found, `text` may have a part of it. So the limit is the same
-            # however the bytes arrive.
-            if len(text) > (limit if found else limit + len(end)):
-                is_request_line = end == HEAD_END and b"\r\n" not in text
-                raise Refusal(414 if is_request_line else 431, "line or header too long")
-            if found:
-                self._buffer = rest
-                return text
-            if has_bare_line_end(text):  # `end` would never come
-                raise Refusal(400, "bare CR or LF")
-            self._buffer += self._receive_in_time(RECEIVE_SIZE)
+    def _read_line(self) -> bytes:
+        """Take a line out of the input; return it without its end."""
+        while b"\r\n" not in self.buffer:
+            check_unfinished_line(self.buffer, 431)
+            self.buffer += self._receive_in_time(RECEIVE_SIZE)
+        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        if len(line) > MAX_LINE:
+            raise Refusal(431, "line too long")
+        return line
 
     def _read(self, size: int) -> bytearray:
         """Take `size` bytes of a body out of the input."""
-        body, piece = bytearray(), self._buffer[:size]
-        self._buffer = self._buffer[size:]
+        body, piece = bytearray(), self.buffer[:size]
+        self.buffer = self.buffer[size:]
         while True:
             body += piece
             self._deadline += len(piece) / BODY_BYTES_PER_SECOND
@@ -741,9 +759,11 @@ class Handler(BaseHTTPRequestHandler):
     def _receive(self, size: int, seconds: float) -> bytes:
         """Return up to `size` bytes, none at the end of the input.
 
-        The kernel limits the time, and the call ends with BlockingIOError. settimeout() would poll
-        first: one more system call, and one more queueing for the interpreter lock.
+        Raises BlockingIOError if none have come in that time. The kernel measures it: settimeout()
+        would poll first, which is one more system call, and one more wait for the interpreter lock.
         """
+        if seconds <= 0:
+            return self.connection.recv(size, socket.MSG_DONTWAIT)
         if seconds != self._receive_seconds:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
             self._receive_seconds = seconds
@@ -753,14 +773,16 @@ class Handler(BaseHTTPRequestHandler):
         """Let a client that may still be sending read its answer before the connection is closed.
 
         RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
-        only our direction is closed, and what comes is thrown away for a while: the rest of a
-        refused request, an empty line behind a body, or during a drain, the next request.
+        this is a half-close, and what still comes is thrown away until the client closes, too.
         """
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while (seconds := deadline - time.monotonic()) > 0:
-            if not self._receive_idly(RECEIVE_BODY_SIZE, seconds):
-                break
+        begin = time.monotonic()
+        while time.monotonic() - begin < (
+            DRAIN_SECONDS if self.server.draining else LINGER_SECONDS
+        ):
+            with contextlib.suppress(BlockingIOError):
+                if not self._receive(RECEIVE_BODY_SIZE, PAUSE_SECONDS):
+                    break
 
 
 def timeval(seconds: float) -> bytes:
@@ -768,57 +790,67 @@ def timeval(seconds: float) -> bytes:
     return struct.pack("ll", *divmod(max(1, int(seconds * 1_000_000)), 1_000_000))
 
 
-# ---- Server: the listener and the worker threads ----
+# ---- Server: the thread that accepts, and the workers ----
+#
+# A connection is accepted; in hand, while a worker serves it; parked, while it is idle; and closed.
+# A parked connection costs no thread, and about 2 KiB.
 
-# How often the accept loop looks whether it shall end, in seconds: idling costs 10 looks a second,
-# and a shutdown starts 0.05 s late on average.
+# How often the acceptor looks whether it shall end, and whether a connection has been parked for
+# too long, in seconds. A shutdown starts this late at most. Shorter, an idle server wakes up more.
 POLL_SECONDS = 0.1
-# Workers that wait for a connection. Fewer would mean starting a thread, about 100 us, for more of
-# the connections; more would keep the memory of a burst for good.
-MAX_SPARE_WORKERS = 64
-# Each connection has a thread: 4,000 take 100 MB. When all of them wake at once, they queue for the
-# interpreter lock, and the more they are, the longer the kernel may take to wake the next one: a
-# shutdown with 10,000 took up to 20 s. Further connections wait in the listen queue.
-MAX_CONNECTIONS = 4_000
-# Descriptors kept for other things: standard streams, listener, directory, snapshot, and some that
-# the parent process may have left open.
-RESERVED_DESCRIPTORS = 32
+# How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
+# most load balancers) or 90 s (Go). If we were first, we could close one under a request.
+IDLE_SECONDS = 120.0
+# The same while others wait for a descriptor. The request of a new connection, if it was lost in a
+# burst, comes again after 0.2 s, 0.4 s, ... or 6.4 s: retransmission.
+SILENT_SECONDS = 10.0
+# Each client that stalls holds a worker for up to 15 s. Fewer workers could all be held, and more
+# would take more memory, 25 KB each.
+MAX_WORKERS = 2000
+# How many clients are accepted before those that are parked have their turn again.
+ACCEPT_AT_ONCE = 100
+# How many seconds a worker without work stays. To start one takes 100 us.
+SPARE_SECONDS = 5.0
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections and gives each to a worker thread, which serves it until it is closed.
+    """Accepts connections and gives each to a worker thread while requests keep coming.
 
-    `start` begins, `drain` ends it, `join` waits for what is in flight. In between, a connection
-    over the limit waits in the listen queue, and the one that has been idle for longest is closed
-    to make room for it.
+    `start` begins, `drain` ends it, `join` waits for what is in flight. There are these threads:
 
-    The base classes have the loop that accepts. It calls get_request, process_request and
-    service_actions, and in a worker, process_request_thread makes a Handler, whose constructor
-    serves the connection, and calls shutdown_request, and before that handle_error if need be.
+    - The acceptor runs `serve_forever`. It alone accepts, takes parked connections out of the
+      selector, and closes connections that are idle, after a last look that nothing has arrived.
+    - A worker runs `_work`. It takes a connection from `_jobs`, serves it, and parks or closes it.
+      Parking is the last thing that it does with a connection. The selector (epoll, kqueue) lets it
+      register one while the acceptor waits there. With poll or select, it would be seen at the end
+      of that wait, after POLL_SECONDS.
+
+    `_lock` guards what both change: `_parked` with the selector, `draining`, `full`, and the count
+    `_in_hand`, by which the acceptor knows whether a worker is free.
     """
 
-    # With the default of 5, a burst of clients is left to the retries of their kernels: 1 s, 3 s,
-    # 7 s. The kernel lowers this to what it allows (somaxconn, 4,096 on Linux).
+    # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
+    # 3 s, 7 s. The kernel lowers this to what it allows (somaxconn, 4,096 on Linux).
     request_queue_size = 65_535
 
-    def __init__(self, host: str, port: int, max_connections: int, verbose: bool) -> None:
+    def __init__(self, host: str, port: int, verbose: bool) -> None:
         """Bind the address, without listening yet. OSError if that fails."""
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family, address = info[0], cast(Any, info[4])
         super().__init__(address, Handler, bind_and_activate=False)
         self.verbose = verbose
+        self.accepting = True
         self.draining = False  # each connection is closed as soon as it is idle
-        # The connections that wait for a request, or for the client to hang up, in the order in
-        # which they began to, and until when (monotonic clock) they are not closed to make room.
-        self.idle: dict[socket.socket, float] = {}
-        self._max_connections = max_connections
-        self._connections = 0
-        # One for each connection, and some spare ones that wait for the next.
+        self.full = False  # clients are waiting, and there was no descriptor for one of them
+        self._listening = False  # the selector has the listener
+        self._lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        # Since when each is parked (monotonic clock), and what of an empty line has come; the one
+        # that has been there for longest is the first.
+        self._parked: dict[socket.socket, tuple[float, bytes]] = {}
+        self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
+        self._in_hand = 0  # connections in `_jobs` or with a worker
         self._workers: set[threading.Thread] = set()
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # A lock that guards `_connections` and who leaves `_workers`, and that can be waited for
-        # until a connection has ended.
-        self._lock = threading.Condition()
         self.server_bind()
 
     def server_bind(self) -> None:
@@ -832,26 +864,30 @@ class Server(ThreadingHTTPServer):
 
     @property
     def in_flight(self) -> int:
-        """The number of connections that are not idle."""
-        return self._connections - len(self.idle)
+        """The number of connections in hand."""
+        return self._in_hand
+
+    @property
+    def idle(self) -> int:
+        """The number of parked connections."""
+        return len(self._parked)
 
     def start(self, store: Store) -> None:
         """Listen, and accept connections in a thread of its own."""
         self.store = store
-        # Where a client that has given up is taken out of the queue (BSD, macOS), accept() would
-        # otherwise wait for the next one, and keep a shutdown waiting, too.
-        self.socket.settimeout(POLL_SECONDS)
         self.server_activate()
+        self.socket.setblocking(False)
+        self._listen()
+        self._have_one_free()
         self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
         self._acceptor.start()
 
     def drain(self) -> None:
-        """Tell the accept loop to end, and wait for that; see serve_forever for what it does then.
+        """Tell the acceptor to stop accepting and to drain, see serve_forever.
 
         What is in flight goes on.
         """
-        self.draining = True
-        self.shutdown()
+        self.accepting = False
 
     def join(self, until: float) -> bool:
         """Wait for the threads that serve clients, until `until` on the monotonic clock at most.
@@ -865,115 +901,208 @@ class Server(ThreadingHTTPServer):
             worker.join(max(0.0, until - time.monotonic()))
         return not self._workers
 
-    # -- The thread that accepts --
+    def may_stay(self) -> bool:
+        """Whether a connection that has been answered may wait here for its next request.
+
+        If not, the answer says so, which is the one way to close a connection that no client can
+        misunderstand: at the end of an idle one, a request may be on its way.
+        """
+        return not (self.full or self.draining)
+
+    # -- The acceptor --
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
-        """Accept until `drain`, and then those who are in the listen queue already."""
-        while True:
-            try:
-                super().serve_forever(poll_interval)
-            except MemoryError:
-                # Only for the moment. Without this thread nobody would get in any more.
-                self.handle_error(None, None)
-                time.sleep(POLL_SECONDS)
-            if self.draining:
-                break
-        # Not in drain() itself: each hang-up gives up the interpreter lock, and to get it back the
-        # main thread, which has a deadline, would queue behind all the workers that it has woken.
-        for connection in self.idle.copy():
-            self._hang_up(connection)
-        # Those who wait stay in the queue, but further clients get in one at a time at most, or a
-        # busy server would never see its end.
-        self.socket.listen(0)
-        while select.select([self.socket], [], [], 0)[0]:
-            self.handle_request()
-        self.server_close()
-        for _ in self._workers.copy():
-            self._jobs.put(None)  # the end for one worker
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        with self._lock:
-            if self._connections >= self._max_connections:
-                # Accept nobody now: have one hang up, wait for a moment until somebody has.
-                self._make_room()
-                self._lock.wait(POLL_SECONDS)
-                raise TimeoutError  # the base class ignores it, and looks whether it shall end
+        """Accept and resume connections until `drain`, and then those on their way."""
         try:
-            request = super().get_request()
-        except OSError:
-            # Out of descriptors, for instance, with the listener still ready: do not spin.
-            time.sleep(POLL_SECONDS)
-            raise
-        with self._lock:
-            self._connections += 1
-        return request
+            while self.accepting:
+                self._serve_once(poll_interval)
+            # Those in the backlog stay there, but further clients get in one at a time at most, or
+            # a busy server would never see its end.
+            self.socket.listen(0)
+            while not self._accept():
+                self._serve_once(poll_interval / 10)
+            # The listener first: who is told to leave, as in a drain, comes back at once.
+            self._pause()
+            self.server_close()
+            with self._lock:  # see _park
+                self.draining = True
+            end = time.monotonic() + DRAIN_SECONDS
+            while self._parked and time.monotonic() < end:
+                self._serve_once(poll_interval / 10)
+            for connection in list(self._parked):
+                self._drop(connection)
+        finally:
+            self._jobs.put(None)  # the end, for one worker after another
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self._workers) < self._connections:
+    def _serve_once(self, seconds: float) -> None:
+        """Wait for clients, that many seconds at most, and see to those who have come."""
+        try:
+            events = self._selector.select(seconds)
+            for key, _ in events:
+                if key.fileobj is self.socket:
+                    self._accept()
+                else:
+                    self._resume(cast(socket.socket, key.fileobj))
+            self._drop_silent()
+            if not events:
+                self._listen()  # others may have closed descriptors
+        except Exception as error:  # no memory, for instance
+            log_error(error)
+            time.sleep(POLL_SECONDS)
+
+    def _accept(self) -> bool:
+        """Accept clients from the backlog; return whether none is left there."""
+        for _ in range(ACCEPT_AT_ONCE):
+            try:
+                connection, _ = self.socket.accept()
+            except BlockingIOError:
+                self.full = False
+                return True
+            except ConnectionAbortedError:
+                continue  # this client has given up
+            except OSError:
+                # Out of descriptors. The listener stays readable, so the selector must not have it
+                # until one has been closed.
+                self.full = True
+                self._pause()
+                return False
+            # On BSD and macOS, a connection is like its listener.
+            os.set_blocking(connection.fileno(), True)
+            self._hand_over(connection, b"")
+        return False
+
+    def _listen(self) -> None:
+        """Have the selector watch the listener."""
+        with self._lock:
+            if not self._listening and self.accepting:
+                self._selector.register(self.socket, selectors.EVENT_READ)
+                self._listening = True
+
+    def _pause(self) -> None:
+        """Have the selector leave the listener alone."""
+        with self._lock:
+            if self._listening:
+                self._selector.unregister(self.socket)
+                self._listening = False
+
+    def _hand_over(self, connection: socket.socket, received: bytes) -> None:
+        """Give a connection to the worker that is free, or to the next that is."""
+        with self._lock:
+            self._in_hand += 1
+        self._jobs.put((connection, received))
+
+    def _resume(self, connection: socket.socket) -> None:
+        """Give a parked connection to a worker, as something has arrived, if only its end."""
+        self._hand_over(connection, self._take(connection))
+
+    def _take(self, connection: socket.socket) -> bytes:
+        """Take a connection out of the parked ones; return what has been received."""
+        with self._lock:
+            # Before it can be closed: its number may be that of the next descriptor.
+            self._selector.unregister(connection)
+            _, received = self._parked.pop(connection)
+        return received
+
+    def _drop_silent(self) -> None:
+        """Close what has been parked for too long."""
+        while True:
+            with self._lock:
+                connection, (since, _) = next(iter(self._parked.items()), (None, (0.0, b"")))
+            limit = IDLE_SECONDS
+            if self.full:
+                limit = SILENT_SECONDS if self.accepting else DRAIN_SECONDS
+            if not connection or time.monotonic() - since < limit:
+                break
+            self._drop(connection)
+
+    def _drop(self, connection: socket.socket) -> None:
+        """Close a parked connection, unless something has arrived after all."""
+        received = self._take(connection)
+        try:
+            connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._close(connection)
+        else:
+            self._hand_over(connection, received)
+
+    def _close(self, connection: socket.socket) -> None:
+        connection.close()
+        if self.full:
+            self._listen()
+
+    # -- The workers --
+
+    def _have_one_free(self) -> None:
+        """Start a worker if none is free. RuntimeError if the system allows no more threads."""
+        with self._lock:
+            if self._in_hand < len(self._workers) or len(self._workers) >= MAX_WORKERS:
+                return
             worker = threading.Thread(target=self._work, daemon=True)
             self._workers.add(worker)
-            try:
-                worker.start()
-            except (RuntimeError, MemoryError):
-                # The system allows no more threads. So this connection waits for the first worker
-                # that is free, if there is any.
-                self._workers.remove(worker)
-                if not self._workers:
-                    raise
-        self._jobs.put((request, client_address))
-
-    def service_actions(self) -> None:
-        """Called by serve_forever each time it has looked for a connection."""
-        if len(self._workers) < self._connections:  # a thread could not be started
-            self._make_room()
-
-    def _make_room(self) -> None:
-        """Close the connection that has been idle for longest."""
-        now = time.monotonic()
-        for connection, spared_until in self.idle.copy().items():
-            if spared_until <= now:
-                self._hang_up(connection)
-                break
-
-    def _hang_up(self, connection: socket.socket) -> None:
-        """End what an idle connection waits for: its worker receives the end of the input.
-
-        What has arrived before can still be read, so a whole request is answered. One of which the
-        first piece arrives in this very moment is cut off, without an answer.
-        """
-        # The worker may close it meanwhile, hence the OSError. But the number of its descriptor is
-        # not that of a new connection by then, as only this thread accepts.
-        with contextlib.suppress(OSError):
-            if connection in self.idle:
-                connection.shutdown(socket.SHUT_RD)
-
-    # -- The worker threads --
+        try:
+            worker.start()
+        except BaseException:
+            self._workers.remove(worker)
+            raise
 
     def _work(self) -> None:
         while True:
-            job = self._jobs.get()
-            if job:
-                self.process_request_thread(*job)
-            # With the lock, or the acceptor would count on a worker that leaves.
-            with self._lock:
-                if not job or len(self._workers) > self._connections + MAX_SPARE_WORKERS:
-                    self._workers.remove(threading.current_thread())
+            try:
+                job = self._jobs.get(timeout=SPARE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if len(self._workers) > self._in_hand + 1:
+                        break
+            else:
+                if not job:
+                    self._jobs.put(None)
+                    break
+                # Who takes a job sees to it that another worker is free. The acceptor would fall
+                # behind: to start a thread is to wait until it has had the interpreter lock.
+                with contextlib.suppress(RuntimeError, MemoryError):
+                    self._have_one_free()
+                self._serve(*job)
+        self._workers.remove(threading.current_thread())
+
+    def _serve(self, connection: socket.socket, received: bytes) -> None:
+        """Serve a connection while requests keep coming; then park or close it."""
+        try:
+            handler = Handler(connection, received, self)
+            handler.handle()
+            while not handler.close_connection:
+                if self._park(connection, handler.buffer):
                     return
-
-    def shutdown_request(self, request: Any) -> None:
-        request.close()
+                handler.handle()
+        except Exception as error:  # a mistake in this program, or a lack of memory
+            log_error(error)
+        self._close(connection)
         with self._lock:
-            self._connections -= 1
-            self._lock.notify()
+            self._in_hand -= 1
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report a mistake in this program, or a lack of memory; the other clients are served."""
-        error, trace = cast(Any, sys.exc_info()[1:])
-        with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
-            while trace.tb_next:  # up to the line that raised it
-                trace = trace.tb_next
-            file = os.path.basename(trace.tb_frame.f_code.co_filename)
-            log(f"error: {error!r} in {file}, line {trace.tb_lineno}")
+    def _park(self, connection: socket.socket, received: bytes) -> bool:
+        """Give back a connection: idle, or at the end of the queue if it has a further request.
+
+        Returns False in a drain. The test has the lock that `drain` takes: a connection is parked
+        before the drain, which then closes it, or not at all.
+        """
+        with self._lock:
+            if self.draining:
+                return False
+            if received not in NO_REQUEST:
+                self._jobs.put((connection, received))
+                return True
+            self._parked[connection] = time.monotonic(), received
+            try:
+                self._selector.register(connection, selectors.EVENT_READ)
+            except BaseException:
+                del self._parked[connection]
+                raise
+            self._in_hand -= 1
+            return True
+
+    def is_anybody_waiting(self) -> bool:
+        """Whether a connection waits for a worker, and none is free."""
+        return self._in_hand > len(self._workers)
 
 
 # ---- Process: arguments, working directory, signals, and the order of a shutdown ----
@@ -1034,18 +1163,13 @@ def open_working_directory(path: str) -> int:
     return directory
 
 
-def raise_descriptor_limit() -> int:
-    """Allow this process as many descriptors as it may use; return how many connections that is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + RESERVED_DESCRIPTORS
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError):  # macOS allows less than the hard limit says
-            wanted = soft
-    return max(1, wanted - RESERVED_DESCRIPTORS)
+def raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors, and so connections, as it may have."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY:  # macOS, which allows less than it says
+        hard = 10_240
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def stay_on_one_core() -> None:
@@ -1055,7 +1179,8 @@ def stay_on_one_core() -> None:
     the lock to a thread on another core has to wake that core: with 64 busy connections, half as
     many requests per second. A random one, as several servers may run here.
     """
-    if hasattr(os, "sched_setaffinity"):
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()  # 3.13 may be built without it
+    if has_lock and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
 
@@ -1101,7 +1226,7 @@ def shut_down(
             log(f"saved {saved} pairs in {time.monotonic() - start:.2f} s")
         return ""
 
-    log(f"draining: {server.in_flight} connections in flight, {len(server.idle)} idle")
+    log(f"draining: {server.in_flight} connections in flight, {server.idle} idle")
     server.drain()
     while not server.join(time.monotonic() + STEP_SECONDS):
         # Early, in case that those in flight take longer than we have; if there is time for this
@@ -1137,15 +1262,11 @@ def main() -> int:
         # cannot interrupt anything halfway.
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
         stay_on_one_core()
-        # How often a thread that waits for the interpreter lock wakes up to ask for it. Thousands
-        # that do so each 5 ms, as usual, leave no time for the work. No thread here needs to be
-        # asked: each soon waits for the network or the disk, and gives up the lock for that.
-        sys.setswitchinterval(1.0)
         directory = open_working_directory(arguments.working_dir)
         # The address now, so that a load that takes long is not in vain; it listens afterwards.
         doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
-        max_connections = raise_descriptor_limit()
-        server = Server(arguments.host, arguments.port, max_connections, arguments.verbose)
+        raise_descriptor_limit()
+        server = Server(arguments.host, arguments.port, arguments.verbose)
         doing = f"cannot load {snapshot}"
         store = Store(load_snapshot(directory))
         doing = f"cannot listen on {arguments.host!r} port {arguments.port}"

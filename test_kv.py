@@ -16,6 +16,7 @@ import ctypes
 import errno
 import functools
 import hashlib
+import heapq
 import http.client
 import http.server
 import itertools
@@ -295,6 +296,11 @@ class KVTest(unittest.TestCase):
         finally:
             os.close(descriptor)
 
+    def stop_at_once(self, server: ServerProcess) -> None:
+        """Long before the patience with stalled clients ends."""
+        self.assertEqual(server.stop(), 0)
+        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
+
     def assert_refuses_to_start(self, reason: str, *arguments: str, **options: Any) -> None:
         """One line on stderr, no traceback, exit code 1 or 2, soon."""
         server = self.start(*arguments, ready=False, **options)
@@ -303,35 +309,183 @@ class KVTest(unittest.TestCase):
         self.assertIn(reason, server.log)
 
 
-def burst(port: int, requests: list[bytes], seconds: float) -> collections.Counter[bytes]:
-    """Send each request on a connection of its own, all at once; count the status lines.
+class Loop:
+    """One of the clients of `keep_alive`: sends a request when the one before is answered."""
 
-    A connection stays open until all have been answered. Clients that are not through after
-    `seconds` count as b"".
+    def __init__(self, requests: Iterable[bytes], pause: float = 0.0) -> None:
+        self.requests, self.pause = iter(requests), pause
+        self.socket: socket.socket | None = None
+        self.sent = b""  # empty if no answer is due
+        self.received = b""
+
+
+class Outcome(NamedTuple):
+    """What the clients of `keep_alive` have seen."""
+
+    answers: collections.Counter[str]  # by status; what was no answer, by what it was instead
+    acknowledged: list[bytes]  # the requests that were answered with 200
+
+
+def is_whole(answer: bytes) -> bool:
+    head, end, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\nContent-Length: (\d+)", head)
+    return bool(end and length) and len(body) == int(cast("re.Match[bytes]", length)[1])
+
+
+def sees_the_end(client: socket.socket) -> bool:
+    """Whether a client can see that the server has closed its connection."""
+    timeout = client.gettimeout()
+    client.setblocking(False)
+    try:
+        return client.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        client.settimeout(timeout)
+
+
+def keep_alive(port: int, loops: list[Loop], seconds: float = DEADLINE) -> Outcome:
+    """Run clients that keep their connections, until all have ended.
+
+    All connect at once. One connects anew only after `Connection: close`, or if it sees the end of
+    its connection before it sends. A request is never sent again. A client whose connection is
+    refused has ended.
     """
-    answers: collections.Counter[bytes] = collections.Counter()
+    outcome = Outcome(collections.Counter(), [])
     end = time.monotonic() + seconds
-    with contextlib.ExitStack() as stack:
-        selector = stack.enter_context(selectors.DefaultSelector())
-        for each in requests:
+    due: list[tuple[float, int]] = []  # when which client sends its next request: a heap
+    running = len(loops)
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+
+        def disconnect(loop: Loop) -> None:
+            assert loop.socket
+            selector.unregister(loop.socket)
+            loop.socket.close()
+            loop.socket, loop.received = None, b""
+
+        def send_next(loop: Loop) -> None:
+            nonlocal running
+            loop.sent = loop.sent or next(loop.requests, b"")
+            if not loop.sent:
+                running -= 1
+                return
+            if loop.socket and sees_the_end(loop.socket):
+                disconnect(loop)
+            if loop.socket:
+                loop.socket.send(loop.sent)
+                return
+            loop.socket = stack.enter_context(socket.socket())
+            loop.socket.setblocking(False)
+            loop.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            loop.socket.connect_ex(("127.0.0.1", port))
+            selector.register(loop.socket, selectors.EVENT_WRITE, loop)
+
+        def go_on(loop: Loop, events: int) -> None:
+            assert loop.socket
+            if events & selectors.EVENT_WRITE:  # it is connected
+                loop.socket.send(loop.sent)
+                selector.modify(loop.socket, selectors.EVENT_READ, loop)
+                return
+            data = loop.socket.recv(65536)
+            loop.received += data
+            if not data and loop.sent:
+                raise ConnectionAbortedError("closed without an answer")
+            if data and not is_whole(loop.received):
+                return
+            outcome.answers[loop.received[9:12].decode()] += bool(data)
+            if loop.received[9:12] == b"200":
+                outcome.acknowledged.append(loop.sent)
+            closing = not data or b"\r\nConnection: close\r\n" in loop.received
+            loop.received = b""
+            if closing:
+                disconnect(loop)
+            if data:
+                loop.sent = b""
+                if loop.pause:
+                    heapq.heappush(due, (time.monotonic() + loop.pause, loops.index(loop)))
+                else:
+                    send_next(loop)
+
+        for loop in loops:
+            send_next(loop)
+        while running and time.monotonic() < end:
+            for key, events in selector.select(0.001 if due else 0.1):
+                try:
+                    go_on(key.data, events)
+                except OSError as error:
+                    running -= 1
+                    disconnect(key.data)
+                    if not isinstance(error, ConnectionRefusedError):
+                        outcome.answers[str(error)] += 1
+            while due and due[0][0] <= time.monotonic():
+                send_next(loops[heapq.heappop(due)[1]])
+    outcome.answers["no answer in time"] += running
+    return outcome._replace(answers=+outcome.answers)
+
+
+def burst(port: int, requests: list[bytes], seconds: float) -> collections.Counter[str]:
+    """Send each request on a connection of its own, all at once; count the answers by status."""
+    return keep_alive(port, [Loop([each]) for each in requests], seconds).answers
+
+
+def pooled_burst(port: int, requests: list[bytes], seconds: float) -> collections.Counter[str]:
+    """The same with a pool of connections like that of Go's net/http, whose clients share it.
+
+    Each request dials, but takes another connection if one is free before. Then the dialled one
+    joins the pool, where all but two that are idle are closed. No request is sent again.
+    """
+    answers: collections.Counter[str] = collections.Counter()
+    end = time.monotonic() + seconds
+    waiting, received, idle = collections.deque(requests), dict[socket.socket, bytes](), 0
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+
+        def use(client: socket.socket) -> None:
+            nonlocal idle
+            if waiting:
+                client.send(waiting.popleft())
+                received[client] = b""
+            elif idle < 2:
+                idle += 1
+            else:
+                drop(client)
+
+        def drop(client: socket.socket) -> None:
+            selector.unregister(client)
+            client.close()
+
+        for _ in requests:
             client = stack.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(("127.0.0.1", port))
-            selector.register(client, selectors.EVENT_WRITE, each)
-        while len(selector.get_map()) and time.monotonic() < end:
+            selector.register(client, selectors.EVENT_WRITE)
+        while (waiting or received) and time.monotonic() < end:
             for key, events in selector.select(1.0):
                 client = cast(socket.socket, key.fileobj)
                 try:
                     if events & selectors.EVENT_WRITE:
-                        client.send(key.data)
-                        selector.modify(client, selectors.EVENT_READ, None)
+                        selector.modify(client, selectors.EVENT_READ)
+                        use(client)
+                        continue
+                    data = client.recv(65536)
+                    if client not in received:  # idle, and now closed
+                        drop(client)
+                        continue
+                    received[client] += data
+                    if data and not is_whole(received[client]):
+                        continue
+                    answer = received.pop(client)
+                    answers[answer[9:12].decode() if data else "closed without an answer"] += 1
+                    if data and b"\r\nConnection: close\r\n" not in answer:
+                        use(client)
                     else:
-                        answers[client.recv(4096).partition(b"\r\n")[0]] += 1
-                        selector.unregister(client)
+                        drop(client)
                 except OSError as error:
-                    answers[str(error).encode()] += 1
-                    selector.unregister(client)
-        answers[b""] += len(selector.get_map())
+                    received.pop(client, None)
+                    answers[str(error)] += 1
+                    drop(client)
+    answers["no answer in time"] += len(waiting) + len(received)
     return +answers
 
 
@@ -761,7 +915,7 @@ class APITest(unittest.TestCase):
 
     def test_writes_from_many_threads_to_one_key(self) -> None:
         answers = burst(self.server.port, [put("same", str(number)) for number in range(100)], 15)
-        self.assertEqual(answers, {b"HTTP/1.1 200 OK": 100})
+        self.assertEqual(answers, {"200": 100})
         self.assertIn(self.server.get("same"), {str(number) for number in range(100)})
 
 
@@ -807,9 +961,11 @@ RULES = [
     Rule("3.1", "methods are case-sensitive",
          b"get /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
     Rule("2.3", "HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", "505 closed"),
-    Rule("2.3", "HTTP/1.2", b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n", "505 closed"),
+    Rule("9110 2.5", "HTTP/1.2", b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n", "200 open"),
+    Rule("9110 2.5", "which needs Host", b"GET /health HTTP/1.9\r\n\r\n", "400 closed"),
     Rule("2.3", "HTTP/0.9", b"GET /health HTTP/0.9\r\nHost: x\r\n\r\n", "505 closed"),
     Rule("2.3", "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "505 closed"),
+    Rule("3", "too long, behind an empty line", END + b"GET /" + b"x" * 9000, "414 closed"),
     Rule("2.3", "lower-case name", b"GET /health http/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("2.3", "two digits", b"GET /health HTTP/1.10\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("2.2", "an empty line before", END + GET + HOST + END, "200 open"),
@@ -967,6 +1123,11 @@ RULES = [
     Rule("7.1.2", "a folded one", CHUNKED + b"1\r\na\r\n0\r\nA: b\r\n c\r\n\r\n", "400 closed"),
     Rule("7.1.2", "101 fields",
          CHUNKED + b"1\r\na\r\n0\r\n" + b"A: b\r\n" * 101 + END, "431 closed"),
+    Rule("6.5.1", "32 KiB of them",
+         CHUNKED + b"0\r\n" + (b"A: " + b"b" * 507 + END) * 63 + b"A: " + b"b" * 506 + END * 2,
+         "400 open"),
+    Rule("6.5.1", "more", CHUNKED + b"0\r\n" + (b"A: " + b"b" * 507 + END) * 65 + END,
+         "431 closed"),
     Rule("7.1.2", "20 KB in a line", CHUNKED + b"0\r\nA: " + b"b" * 20_000 + END * 2, "431 closed"),
     # What happens to the connection
     Rule("9.3", "close", GET + HOST + b"Connection: close\r\n\r\n", "200 closed"),
@@ -1071,21 +1232,6 @@ class HTTPTest(KVTest):
         self.assertEqual(client.receive().status, 200)
         self.assertEqual(client.request("GET", "/kv/a").body, b"value")
 
-    def test_a_head_that_comes_again_is_not_parsed_again(self) -> None:
-        """It would take as long as all the rest of our work."""
-        heads = [request("GET", path) for path in ("/health", "/health", "/health?", "/health")]
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            client = Client(listener.getsockname()[1])
-            connection, address = listener.accept()
-        parse = kv.parse_request_line
-        with client, connection, kv.Server("127.0.0.1", 0, 10, False) as server:
-            client.send(b"".join(heads))
-            client.socket.shutdown(socket.SHUT_WR)
-            with unittest.mock.patch("kv.parse_request_line", side_effect=parse) as parser:
-                kv.Handler(connection, address, server)
-            self.assertEqual([client.receive().status for _ in heads], [200] * 4)
-            self.assertEqual(parser.call_count, 3)
-
     def test_who_is_still_sending_can_read_the_refusal(self) -> None:
         """Closing with unread input would reset the connection and lose the answer."""
         server = self.start_with("kv.LINGER_SECONDS = 60.0")
@@ -1133,6 +1279,8 @@ class HTTPTest(KVTest):
                 for run in (b"a", b"%41", b":1")
             ),
             *(b"G" * n + end for end in (b"\r\n\r\n", b" / HTTP/9.9\r\n\r\n")),
+            *(run * 4000 + b"\r\x01" for run in (b"a", b"\r\n" + GET, GET + b"a")),
+            *(GET + HOST + run * 10_000 + b"\r\x01" for run in (b"a", b"a\r\n")),
             *(
                 CHUNKED + b"1" + run * (n // len(run)) + b"\x01\r\n"
                 for run in (b" ", b";a", b"; a =b ", b';a="', b';a="\\', b"1", b";a=b")
@@ -1206,12 +1354,16 @@ def fuzz(server: ServerProcess, count: int, seed: int) -> None:
                 raise AssertionError(f"request {number} with seed {seed}: no end")
     wait_until(lambda: server.request("GET", "/health").status == 200, "an answer")
     if sys.platform == "linux":
-        most = 2 + kv.MAX_SPARE_WORKERS
-        wait_until(lambda: server.threads() <= most, "the threads to end", 10)
+        wait_until(lambda: server.threads() <= 5, "the threads to end", 10 + kv.SPARE_SECONDS)
         wait_until(lambda: server.descriptors() <= 8, "the descriptors to be closed", 10)
 
 
 # ---- Server: many connections ----
+
+
+def descriptor_limit(number: int) -> Callable[[], None]:
+    """For preexec_fn."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
 
 
 class ServerTest(KVTest):
@@ -1219,8 +1371,7 @@ class ServerTest(KVTest):
         allow_descriptors(10_100)
         server = self.start(f"--port={free_port()}", **options)
         requests = [put(f"key{number}", f"value {number}") for number in range(10_000)]
-        answers = burst(server.port, requests, 15)
-        self.assertEqual(answers, {b"HTTP/1.1 200 OK": 10_000}, server.log)
+        self.assertEqual(pooled_burst(server.port, requests, 15), {"200": 10_000}, server.log)
         server.send_signal()
         self.assertEqual(server.exit_code(kv.SHUTDOWN_SECONDS), 0)
         server = self.start(f"--port={server.port}")
@@ -1229,40 +1380,226 @@ class ServerTest(KVTest):
             answer = client.request("GET", f"/kv/key{number}")
             self.assertEqual(answer.body, f"value {number}".encode())
 
-    def test_10_000_clients_at_the_same_instant(self) -> None:
+    def test_10_000_clients_of_a_pool_at_the_same_instant(self) -> None:
         self.burst_and_restart()
 
-    def test_10_000_clients_and_256_descriptors(self) -> None:
-        limit = (resource.RLIMIT_NOFILE, (256, 256))
-        self.burst_and_restart(preexec_fn=lambda: resource.setrlimit(*limit))
+    def test_10_000_clients_of_a_pool_and_256_descriptors(self) -> None:
+        self.burst_and_restart(preexec_fn=descriptor_limit(256))
 
-    def test_an_idle_connection_makes_room_for_a_new_one(self) -> None:
-        limit = (resource.RLIMIT_NOFILE, (64, 64))
-        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
-        clients = []
-        for number in range(100):
-            clients.append(self.client(server))
-            self.assertEqual(clients[-1].request("PUT", f"/kv/{number}", b"x").status, 200)
-        self.assertTrue(clients[0].is_closed())
+    def test_10_000_clients_that_stay(self) -> None:
+        allow_descriptors(10_100)
+        server = self.start()
+        requests = [put(f"key{number}", "value") for number in range(10_000)]
+        self.assertEqual(burst(server.port, requests, 15), {"200": 10_000}, server.log)
 
-    def test_connections_that_send_nothing_make_room_for_a_new_one(self) -> None:
-        limit = (resource.RLIMIT_NOFILE, (64, 64))
-        server = self.start_with(
-            "kv.FIRST_SECONDS = 2.0", preexec_fn=lambda: resource.setrlimit(*limit)
-        )
+    def test_more_keep_alive_clients_than_descriptors(self) -> None:
+        """Each answer says close while others wait, and so each client comes to its turn."""
+        server = self.start(preexec_fn=descriptor_limit(256))
+        loops = [Loop(put(f"{n}-{m}", "value") for m in range(20)) for n in range(400)]
+        self.assertEqual(keep_alive(server.port, loops).answers, {"200": 8000})
+
+    @on_linux
+    def test_9_000_busy_clients(self) -> None:
+        allow_descriptors(10_100)
+        server = self.start()
+        loops = [Loop(put(f"{n}-{m}", "value") for m in range(3)) for n in range(9_000)]
+        self.assertEqual(keep_alive(server.port, loops).answers, {"200": 27_000})
+        self.assertLess(server.threads(), kv.MAX_WORKERS + 5)
+
+    @on_linux
+    def test_15_000_idle_connections_are_cheap_and_do_not_delay_the_exit(self) -> None:
+        allow_descriptors(20_000)
+        number = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
+        server = self.start_with("kv.SPARE_SECONDS = 0.1")
+        server.request("PUT", "/kv/a", b"1")
+        before = 0
+        with contextlib.ExitStack() as clients:
+            for count in range(number):
+                client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                client.send(request("GET", "/health"))
+                client.recv(1000)
+                if count == 1000:
+                    before = server.resident_bytes()
+            each = (server.resident_bytes() - before) / (number - 1000)
+            self.assertLess(each, 3 * 1024)
+            self.stop_at_once(server)
+
+    def test_a_connection_that_has_been_silent_makes_room_for_a_new_one(self) -> None:
+        """Whether it has never sent anything or has been answered."""
+        server = self.start_with("kv.SILENT_SECONDS = 1.0", preexec_fn=descriptor_limit(64))
+        silent = [self.client(server) for _ in range(30)]
         clients = [self.client(server) for _ in range(50)]
-        self.assertEqual(server.request("GET", "/health").status, 200)
-        self.assertTrue(clients[0].is_closed())
+        for client in clients:
+            self.assertEqual(client.request("PUT", "/kv/a", b"x").status, 200)
+        self.assertTrue(silent[0].is_closed())
 
-    def test_a_client_that_takes_its_time_before_the_first_request_is_answered(self) -> None:
-        limit = (resource.RLIMIT_NOFILE, (64, 64))
-        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
-        clients = [self.client(server) for _ in range(50)]
+    def test_who_has_been_silent_for_less_is_answered(self) -> None:
+        server = self.start(preexec_fn=descriptor_limit(64))
+        clients = [self.client(server) for _ in range(100)]
         time.sleep(7)  # longer than a lost packet normally takes to come again
         for client in clients:
             client.send(request("GET", "/health"))
         for client in clients:
-            self.assertEqual(client.receive().status, 200)
+            answer = client.receive()
+            self.assertEqual(answer.status, 200)
+            if answer.fields.get("Connection") == "close":
+                client.__exit__()
+
+    def test_a_request_that_comes_as_silent_ones_are_closed_is_answered(self) -> None:
+        """Either it is answered, or its client could see the end before."""
+        changes = "kv.SILENT_SECONDS = kv.IDLE_SECONDS = 0.5; kv.POLL_SECONDS = 0.001"
+        for limit in (64, 1024):
+            with self.start_with(changes, preexec_fn=descriptor_limit(limit)) as server:
+                loops = [Loop((put("a", "1") for _ in range(6)), 0.45 + n / 500) for n in range(50)]
+                self.assertEqual(keep_alive(server.port, loops).answers, {"200": 300})
+
+    def test_who_sends_at_the_sight_of_the_first_end_is_answered(self) -> None:
+        """600 connections go idle together, and so they are closed together."""
+        server = self.start_with("kv.IDLE_SECONDS = 1.0")
+        clients = [self.client(server) for _ in range(600)]
+        for client in clients:
+            self.assertEqual(client.request("GET", "/health").status, 200)
+        self.assertTrue(clients[0].is_closed())
+        late = []
+        for client in reversed(clients[-40:]):
+            if not sees_the_end(client.socket):
+                client.send(request("GET", "/health"))
+                late.append(client)
+        self.assertGreater(len(late), 0)
+        self.assertEqual([client.receive().status for client in late], [200] * len(late))
+
+    def test_an_idle_connection_is_kept_for_its_time_and_then_closed(self) -> None:
+        server = self.start_with("kv.IDLE_SECONDS = 1.5")
+        clients = [self.client(server) for _ in range(10)]
+        for client in clients:
+            client.request("GET", "/health")
+        time.sleep(1.0)
+        for client in clients[:5]:
+            self.assertEqual(client.request("GET", "/health").status, 200)
+        begin = time.monotonic()
+        self.assertTrue(all(client.is_closed() for client in clients[5:]))
+        self.assertTrue(all(client.is_closed() for client in clients))
+        self.assertGreater(time.monotonic() - begin, 1.0)
+
+    def test_the_number_of_a_closed_connection_is_that_of_another(self) -> None:
+        """The selector must have forgotten it."""
+        server = self.start_with("kv.IDLE_SECONDS = 0.2")
+        for _ in range(3):
+            for _ in range(5):
+                with server.connect() as client:
+                    self.assertEqual(client.request("GET", "/health").status, 200)
+                    self.assertTrue(client.is_closed())
+            client = self.client(server)
+            for pause in (0.0, 0.15, 0.15):
+                time.sleep(pause)
+                self.assertEqual(client.request("GET", "/health").status, 200)
+        self.assertNotIn("error", server.log)
+
+    def test_clients_that_pause_hold_no_worker(self) -> None:
+        """Twice as many as workers: the median of who comes new is far below their pause."""
+        server = self.start_with("kv.MAX_WORKERS = 32")
+        loops = [Loop((request("GET", "/health") for _ in range(14)), 0.15) for _ in range(64)]
+        seconds = []
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            others = pool.submit(keep_alive, server.port, loops)
+            while not others.done():
+                begin = time.monotonic()
+                self.assertEqual(server.request("GET", "/health").status, 200)
+                seconds.append(time.monotonic() - begin)
+                time.sleep(0.02)
+            self.assertEqual(others.result().answers, {"200": 64 * 14})
+        self.assertLess(sorted(seconds)[len(seconds) // 2], 0.05)
+
+    def test_busy_clients_let_others_have_their_worker(self) -> None:
+        server = self.start_with("kv.MAX_WORKERS = 2")
+        loops = [Loop(itertools.repeat(request("GET", "/health"), 3000)) for _ in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            others = pool.submit(keep_alive, server.port, loops)
+            for _ in range(20):
+                self.assertEqual(server.request("GET", "/health").status, 200)
+            self.assertFalse(others.done())
+            self.assertEqual(others.result().answers, {"200": 12_000})
+
+    def test_a_client_that_sends_ahead_lets_others_have_its_worker(self) -> None:
+        """Its next request is in our buffer, where no selector finds it."""
+        server = self.start_with("kv.MAX_WORKERS = 1")
+        server.request("PUT", "/kv/a", b"x" * 1000)
+        ahead = [self.client(server) for _ in range(3)]
+        for client in ahead:
+            client.send(request("GET", "/kv/a") * 300)
+        self.assertEqual(server.request("GET", "/health").status, 200)
+        for client in ahead:
+            self.assertEqual([client.receive().status for _ in range(300)], [200] * 300)
+
+    def test_connections_that_send_nothing_hold_no_worker(self) -> None:
+        server = self.start_with("kv.MAX_WORKERS = 2")
+        for _ in range(20):
+            self.client(server)
+        seconds = []
+        for _ in range(11):
+            begin = time.monotonic()
+            self.assertEqual(server.request("GET", "/health").status, 200)
+            seconds.append(time.monotonic() - begin)
+        self.assertLess(sorted(seconds)[5], kv.STALL_SECONDS / 10)
+
+    def test_more_stalled_uploads_than_workers(self) -> None:
+        """Others are served when the first is given up, and a shutdown saves in time."""
+        server = self.start_with("kv.MAX_WORKERS = 4; kv.STALL_SECONDS = 2.0")
+        stalled = [self.client(server) for _ in range(6)]
+        for client in stalled:
+            client.send(put("stalled", "value")[:-1])
+        answer = server.request("PUT", "/kv/a", b"1")
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(stalled[0].receive().status, 408)
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
+    def test_where_the_selector_is_none_that_notices_at_once(self) -> None:
+        server = self.start_with("kv.selectors.DefaultSelector = kv.selectors.PollSelector")
+        client = self.client(server)
+        for _ in range(3):
+            self.assertEqual(client.request("GET", "/health").status, 200)
+            time.sleep(2 * kv.PAUSE_SECONDS)  # until it is parked
+        self.stop_at_once(server)
+
+    @on_linux
+    def test_a_parked_connection_that_is_reset_burns_no_core(self) -> None:
+        server = self.start()
+        with server.connect() as client:
+            client.request("GET", "/health")
+            time.sleep(2 * kv.PAUSE_SECONDS)
+            linger = struct.pack("ii", 1, 0)
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        before = server.cpu_seconds()
+        time.sleep(1)  # the time over which is measured
+        self.assertLess(server.cpu_seconds() - before, 0.3)
+        self.assertNotIn("error", server.log)
+
+    def test_a_connection_is_parked_before_a_drain_or_not_at_all(self) -> None:
+        """Parked after the last look, it would keep the process waiting."""
+        with kv.Server("127.0.0.1", 0, False) as server, socket.socket() as connection:
+            server.draining = True
+            self.assertFalse(server._park(connection, b""))
+            self.assertFalse(server._park(connection, b"GET"))
+            self.assertEqual((server.idle, server._jobs.empty()), (0, True))
+
+    def test_parking_and_resuming_wait_for_the_lock(self) -> None:
+        """Or one could be closed between the two steps of being parked."""
+        with kv.Server("127.0.0.1", 0, False) as server, socket.socket() as connection:
+            for action in (server._park, lambda connection, _: server._take(connection)):
+                thread = threading.Thread(target=action, args=[connection, b""], daemon=True)
+                with server._lock:
+                    thread.start()
+                    thread.join(0.05)
+                    self.assertTrue(thread.is_alive())
+                thread.join(DEADLINE)
+                self.assertFalse(thread.is_alive())
+
+    def test_what_cannot_be_parked_is_not_half_parked(self) -> None:
+        with kv.Server("127.0.0.1", 0, False) as server, socket.socket() as connection:
+            with unittest.mock.patch.object(server._selector, "register", side_effect=MemoryError):
+                self.assertRaises(MemoryError, server._park, connection, b"")
+            self.assertEqual(server.idle, 0)
 
     def test_raises_the_soft_limit_of_descriptors(self) -> None:
         allow_descriptors(1000)
@@ -1277,11 +1614,10 @@ class ServerTest(KVTest):
 
     @on_linux
     def test_waiting_at_the_limit_burns_no_core_and_ends_with_a_save(self) -> None:
-        limit = (resource.RLIMIT_NOFILE, (128, 128))
-        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        server = self.start(preexec_fn=descriptor_limit(128))
         server.request("PUT", "/kv/a", b"1")
         clients = [self.client(server) for _ in range(300)]
-        wait_until(lambda: server.descriptors() > 90, "the limit is reached")
+        wait_until(lambda: server.descriptors() == 128, "the limit is reached")
         before = server.cpu_seconds()
         time.sleep(1)  # the time over which is measured
         self.assertLess(server.cpu_seconds() - before, 0.3)
@@ -1312,23 +1648,23 @@ class ServerTest(KVTest):
         clients = [self.client(server) for _ in range(2000)]
         for number, client in enumerate(clients[:1000]):
             client.request("PUT", f"/kv/{number}", b"x")
-        slowest = 0.0
+        seconds = []
         for number in range(50):
             for client in clients[1000 + number % 10 :: 10]:
                 client.send(b"G" if number < 10 else b"x")
             begin = time.monotonic()
             self.assertEqual(server.request("GET", "/health").status, 200)
-            slowest = max(slowest, time.monotonic() - begin)
-        self.assertLess(slowest, 5.0)  # it is 0.1 s on a machine that has nothing else to do
+            seconds.append(time.monotonic() - begin)
+        self.assertLess(sorted(seconds)[25], 0.1)
 
     @on_linux
     def test_a_burst_leaves_nothing_behind(self) -> None:
         allow_descriptors(1100)
-        server = self.start()
+        server = self.start_with("kv.SPARE_SECONDS = 0.5")
         threads, descriptors = server.threads(), server.descriptors()
         burst(server.port, [put(f"key{number}", "value") for number in range(1000)], 15)
         wait_until(lambda: server.descriptors() == descriptors, "all descriptors closed")
-        wait_until(lambda: server.threads() <= threads + kv.MAX_SPARE_WORKERS, "threads ended")
+        wait_until(lambda: server.threads() <= threads + 1, "threads ended")
 
     @on_linux
     def test_memory_does_not_grow_with_requests_or_connections(self) -> None:
@@ -1345,7 +1681,7 @@ class ServerTest(KVTest):
         before = server.resident_bytes()
         for _ in range(20):
             self.client(server).request("PUT", "/kv/a", b"x" * 10_000_000)
-        self.assertLess(server.resident_bytes() - before, 50_000_000)
+        wait_until(lambda: server.resident_bytes() - before < 30_000_000, "it is given back")
 
     @on_linux
     def test_an_idle_connection_does_not_keep_a_large_head(self) -> None:
@@ -1355,7 +1691,7 @@ class ServerTest(KVTest):
             client = self.client(server)
             for _ in range(2):
                 client.request("GET", "/health", None, "Cookie: " + "x" * 30_000)
-        self.assertLess(server.resident_bytes() - before, 300 * 40_000)
+        wait_until(lambda: server.resident_bytes() - before < 300 * 20_000, "it is given back")
 
     def test_a_client_that_hangs_up_leaves_no_trace_in_the_log(self) -> None:
         server = self.start()
@@ -1394,7 +1730,7 @@ class ServerTest(KVTest):
                 server.request("PUT", f"/kv/large{number}", b"x" * 10_000_000)
         resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
         self.assertEqual(server.get("a"), "1")
-        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\) in kv\.py, line \d+\n$")
+        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\) in \w+, line \d+\n$")
 
     @on_linux
     def test_when_no_more_threads_are_to_be_had_connections_take_turns(self) -> None:
@@ -1407,28 +1743,17 @@ class ServerTest(KVTest):
         self.assertLess(server.threads(), 20)
         self.assertNotIn("kv.py: error", server.log)
 
-    @on_linux
-    def test_when_not_even_one_thread_is_to_be_had_the_next_client_may_find_one(self) -> None:
-        server = self.start()
-        used, infinite = server.address_space_bytes(), resource.RLIM_INFINITY
-        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (used, infinite))
-        self.assertRaises(OSError, server.request, "GET", "/health")
-        server.wait_for_log("error: RuntimeError")
-        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
-        self.assertEqual(server.request("GET", "/health").status, 200)
-
     def test_without_memory_for_a_moment_the_next_client_is_accepted(self) -> None:
-        server = kv.Server("127.0.0.1", 0, 10, False)
-        accept = server.get_request
-        outcomes = iter([MemoryError()])
+        server = kv.Server("127.0.0.1", 0, False)
+        accept, outcomes = server._accept, iter([MemoryError()])
 
-        def get_request() -> tuple[socket.socket, Any]:
+        def fail_once() -> bool:
             for error in outcomes:
                 raise error
             return accept()
 
         with (
-            unittest.mock.patch.object(server, "get_request", get_request),
+            unittest.mock.patch.object(server, "_accept", fail_once),
             unittest.mock.patch.object(kv, "log") as log,
         ):
             server.start(kv.Store({}))
@@ -1440,71 +1765,30 @@ class ServerTest(KVTest):
         self.assertRegex(log.call_args[0][0], "^error: MemoryError")
 
     def test_without_memory_even_to_report_it_the_thread_goes_on(self) -> None:
-        failing_log = unittest.mock.patch.object(kv, "log", side_effect=MemoryError)
-        with kv.Server("127.0.0.1", 0, 10, False) as server, failing_log:
+        with unittest.mock.patch.object(kv, "log", side_effect=MemoryError):
             try:
                 raise MemoryError
-            except MemoryError:
-                server.handle_error(None, None)
+            except MemoryError as error:
+                kv.log_error(error)
 
     def test_a_thread_for_which_there_is_no_memory_is_no_worker(self) -> None:
         """Or the shutdown would join it, which is an error as it has never been started."""
-        with kv.Server("127.0.0.1", 0, 10, False) as server, socket.socket() as client:
-            server._connections = 1
+        with kv.Server("127.0.0.1", 0, False) as server:
             with unittest.mock.patch("threading.Thread.start", side_effect=MemoryError):
-                self.assertRaises(MemoryError, server.process_request, client, None)
+                self.assertRaises(MemoryError, server._have_one_free)
             self.assertEqual(server._workers, set())
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
     def test_stays_on_one_core(self) -> None:
-        self.assertEqual(len(os.sched_getaffinity(self.start().process.pid)), 1)
-
-    def test_threads_that_wait_do_not_wake_for_nothing(self) -> None:
-        """Thousands that ask for the interpreter lock each 5 ms would use up the core."""
-        script = (
-            "import kv, sys; kv.shut_down = lambda *_: kv.log(f'{sys.getswitchinterval()} s') or 0;"
-            "kv.main()"
-        )
-        server = self.start(command=[sys.executable, "-c", script], cwd=HERE)
-        server.stop()
-        self.assertIn("kv.py: 1.0 s\n", server.log)
-
-    def test_a_worker_registers_its_connection_before_it_looks_for_a_drain(self) -> None:
-        """The other way round, a drain in between would not see it and wait for it."""
-        seen: list[socket.socket] = []
-
-        class Server:
-            idle: ClassVar[dict[socket.socket, float]] = {}
-
-            @property
-            def draining(self) -> bool:
-                seen.extend(self.idle)
-                return False
-
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            Client(listener.getsockname()[1]).__exit__()
-            connection, address = listener.accept()
-        with connection:
-            kv.Handler(connection, address, cast(kv.Server, Server()))
-            self.assertEqual(seen, [connection])
-
-    def test_hanging_up_a_connection_that_is_closed_already_is_no_error(self) -> None:
-        with socket.socket() as closed, kv.Server("127.0.0.1", 0, 10, False) as server:
-            closed.close()
-            server.idle[closed] = 0.0
-            server._hang_up(closed)
-
-    def test_a_request_that_has_begun_is_not_hung_up(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            client = Client(listener.getsockname()[1])
-            connection, _ = listener.accept()
-        with client, connection, kv.Server("127.0.0.1", 0, 10, False) as server:
-            server._hang_up(connection)
-            connection.setblocking(False)
-            self.assertRaises(BlockingIOError, connection.recv, 1)
+        with self.start() as server:
+            self.assertEqual(len(os.sched_getaffinity(server.process.pid)), 1)
+        # Without the interpreter lock, threads run on all of them.
+        server = self.start_with("kv.sys._is_gil_enabled = lambda: False")
+        cores = os.sched_getaffinity(0)
+        self.assertEqual(os.sched_getaffinity(server.process.pid), cores)
 
     def test_joining_while_the_acceptor_is_still_starting_workers(self) -> None:
-        with kv.Server("127.0.0.1", 0, 10, False) as server:
+        with kv.Server("127.0.0.1", 0, False) as server:
             over = threading.Event()
             server._acceptor = threading.Thread(target=over.wait, daemon=True)
             server._acceptor.start()
@@ -1515,15 +1799,7 @@ class ServerTest(KVTest):
     def test_the_start_does_not_ask_the_name_service(self) -> None:
         """Which can take seconds to say that it does not know."""
         with unittest.mock.patch("socket.getfqdn", side_effect=AssertionError):
-            kv.Server("127.0.0.1", 0, 10, False).server_close()
-
-    def test_accept_does_not_wait_for_a_client_that_is_gone(self) -> None:
-        """Some systems take it out of the queue when it was already announced."""
-        with kv.Server("127.0.0.1", 0, 10, False) as server:
-            server.start(kv.Store({}))
-            self.assertEqual(server.socket.gettimeout(), kv.POLL_SECONDS)
-            server.drain()
-            self.assertTrue(server.join(time.monotonic() + DEADLINE))
+            kv.Server("127.0.0.1", 0, False).server_close()
 
     def test_slow_readers_get_the_whole_value(self) -> None:
         server = self.start()
@@ -1588,11 +1864,6 @@ class ShutdownTest(KVTest):
             client.request("PUT", "/kv/a", b"1")
         self.stop_at_once(server)
         self.assertTrue(all(client.is_closed() for client in clients))
-
-    def stop_at_once(self, server: ServerProcess) -> None:
-        """Long before the patience with stalled clients ends."""
-        self.assertEqual(server.stop(), 0)
-        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
 
     @on_linux
     def test_an_empty_line_behind_a_body_leaves_the_connection_idle(self) -> None:
@@ -2222,7 +2493,7 @@ class CommandLineTest(KVTest):
             client.request("PUT", "/kv/a", b"1")
             client.request("GET", "/kv/" + "x" * 8000)
             client.request("GET", "/kv/a?\x1b[31m")
-        server.wait_for_log("' 400 23\n")
+        server.wait_for_log("' 400 25\n")
         with server.connect() as client:
             client.send(b"\r\n" + request("GET", "/health") + b"\n")
             client.receive()
@@ -2231,7 +2502,7 @@ class CommandLineTest(KVTest):
         lines = [line for line in server.log.split("\n") if line.startswith("kv.py: 127.0.0.1 ")]
         self.assertEqual(lines[0], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
         self.assertLess(len(lines[1]), 2000)
-        self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
+        self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 25")
         self.assertEqual(lines[3], "kv.py: 127.0.0.1 'GET /health HTTP/1.1' 200 3")
         self.assertEqual(lines[4], "kv.py: 127.0.0.1 '' 400 14")
 
@@ -2720,7 +2991,7 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
         requests = [put(f"key{number}", "value") for number in range(10_000)]
         begin = time.monotonic()
         answers = burst(server.port, requests, 15)
-        assert answers == {b"HTTP/1.1 200 OK": 10_000}, answers
+        assert answers == {"200": 10_000}, answers
         yield "10,000 clients PUT at the same instant", time.monotonic() - begin, 0, "s"
 
     progress("1,000 idle connections")
