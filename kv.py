@@ -5,29 +5,32 @@ It needs Python 3.9 or later and nothing else, and listens on http://127.0.0.1:8
 otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 text of 1 byte to
 10 MiB, and a value comes back byte for byte.
 
-    PUT    /kv/{key}   store the body under key   200, 400, 413, 503
+    PUT    /kv/{key}   store the body under key   200, 400, 413, 503, 507
     GET    /kv/{key}   the value                  200, 400, 404   (HEAD: without the body)
     DELETE /kv/{key}   remove the key             200, 400, 503   (also if there was none)
     DELETE /clear      remove every key           200, 503
     GET    /health     "ok"                       200             (HEAD: without the body)
 
-All pairs live in memory. SIGTERM, SIGINT or SIGHUP shuts the server down and writes them to a
-snapshot in the working directory, from which the next start reads them back:
+All pairs live in memory. A signal (SIGTERM, SIGINT and others, see STOP_SIGNALS) shuts the server
+down and writes them to a snapshot in the working directory, from which the next start reads them
+back. SIGUSR1 writes one while the server goes on, and --save-every does so by itself. This is what
+a shutdown does, with the graceful time-out of 15 s that --graceful-timeout can change:
 
-    0 s    The signal. Idle connections are closed, the listen queue is served to its end and
-           closed, requests in flight go on.
+    0 s    The signal. The listen queue is served to its end and closed. Answers say
+           `Connection: close`. Idle connections have a quarter of a second for a request that is
+           on its way, and are closed. Requests in flight go on.
     1 s    If a request is still in flight, what has been acknowledged so far is saved now, and
            again each second.
-    12 s   The patience with stalled clients ends, earlier if a save takes long. From here on a
-           write is answered 503, because the last snapshot is being written. If that fails, it
-           is tried again.
+    12 s   Stalled clients are given up, sooner if saves are slow. From here on a write is answered
+           503, because the last snapshot is being written. If that fails, it is tried again.
     15 s   The latest exit, because then supervisors, such as the test harness of lsfr.io, send
            SIGKILL. Only a save that takes much longer than any before it can exceed this. Exit
            code 0 means saved.
 
-Normally nobody stalls, and all of it takes a tenth of a second. A second signal ends the waiting,
-within a second or when the save that is running ends: one more save, and no second try. A crash,
-unlike a shutdown, loses what was written since the last snapshot: there is no write-ahead log here.
+Normally nobody stalls, and all of it takes a third of a second. The same signal again ends the
+waiting, within a second or when the save that is running ends: one more save, and no second try.
+A crash, unlike a shutdown, loses what was written since the last snapshot: there is no write-ahead
+log here.
 
 The file reads from the inside out, and each part uses those before it: snapshot, store, request
 syntax, log, one connection, the server, the process. Only the connection also knows its server.
@@ -38,6 +41,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -49,7 +53,6 @@ import queue
 import random
 import re
 import resource
-import select
 import selectors
 import signal
 import socket
@@ -60,7 +63,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,7 +81,6 @@ __version__ = "1.0.0"
 # has altered: a pickle is a program for a small stack machine, which can call any function.
 
 SNAPSHOT = "kv.pickle"
-TEMPORARY = "kv.pickle.tmp"
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -98,58 +100,37 @@ class HashingWriter:
         return self._file.write(data)
 
 
-def create_temporary(directory: int) -> int:
-    """Return a descriptor of a new, empty temporary file, readable by its owner alone."""
+def write_pairs(path: str, pairs: dict[str, str]) -> None:
+    """Write a new file that is on the disk when this returns. OSError if that fails."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(TEMPORARY, dir_fd=directory)  # left behind by a save that was killed
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    return os.open(TEMPORARY, flags, mode=0o600, dir_fd=directory)
+        os.unlink(path)  # left behind by a save that was killed
+    with open(path, "xb") as file:
+        writer = HashingWriter(file)
+        pickler = pickle.Pickler(writer, protocol=4)  # check_opcodes knows this one
+        # That is, without a memo of objects seen, which would take a third of the store's size.
+        pickler.fast = True
+        pickler.dump(pairs)
+        file.write(writer.sha256.digest())
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def save_snapshot(directory: int, pairs: dict[str, str]) -> None:
-    """Replace the snapshot in `directory` (an open descriptor), whole or not at all.
-
-    Raises OSError (disk full, file too large, directory gone, ...). The old snapshot is then still
-    in place, or, if only the last step failed, the whole new one.
-    """
-    try:
-        with open(create_temporary(directory), "wb") as file:
-            writer = HashingWriter(file)
-            pickler = pickle.Pickler(writer, protocol=4)  # check_opcodes knows this one
-            # That is, without a memo of objects seen, which would take a third of the store's size.
-            pickler.fast = True
-            pickler.dump(pairs)
-            file.write(writer.sha256.digest())
-            file.flush()
-            # The content first: a file system may otherwise put the rename on the disk before it.
-            os.fsync(file.fileno())
-        os.replace(TEMPORARY, SNAPSHOT, src_dir_fd=directory, dst_dir_fd=directory)
-        os.fsync(directory)  # the rename
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(TEMPORARY, dir_fd=directory)  # half a file would fill a full disk for good
-        raise
-
-
-def load_snapshot(directory: int) -> dict[str, str]:
-    """Return the pairs of the snapshot in `directory`, none if there is no snapshot.
+def read_pairs(path: str) -> dict[str, str]:
+    """Return the pairs in a file.
 
     Raises SnapshotError if it is not a dict of strings with its digest, OSError if it cannot be
-    read, MemoryError if it does not fit into memory.
+    read, FileNotFoundError if there is none, MemoryError if it does not fit into memory.
     """
-    try:
-        # The file itself, not what a link leads to: a save would replace the link.
-        status = os.stat(SNAPSHOT, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return {}
-    # Before it is opened: to open a named pipe is to wait for somebody who writes to it.
-    if not stat.S_ISREG(status.st_mode):
+    # The file itself, not what a link leads to: a save would replace the link. And before it is
+    # opened: to open a named pipe is to wait for somebody who writes to it.
+    if not stat.S_ISREG(os.stat(path, follow_symlinks=False).st_mode):
         raise SnapshotError("not a regular file")
-    if status.st_size <= DIGEST_SIZE:
-        raise SnapshotError("too short")
-    with open(SNAPSHOT, "rb", opener=functools.partial(os.open, dir_fd=directory)) as file:
-        # Mapped, not read: the store need not fit into memory twice.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size <= DIGEST_SIZE:
+            raise SnapshotError("too short")
+        # Mapped, not read, as the store need not fit into memory twice. And mapped privately, as
+        # some file systems in user space cannot share a map.
+        data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     with data:
         with memoryview(data)[:-DIGEST_SIZE] as pickled:
             if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
@@ -176,38 +157,115 @@ class StringsOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"asks for {module}.{name}")
 
 
+# A pickle of a dict of strings begins with the number of the protocol, the size of the first frame
+# (8 bytes) unless it is tiny, and an empty dict.
+PICKLE_START = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL)
+# Then it has strings: this opcode, a size of one byte, and the text; or that one, and four bytes.
+SHORT_STRING, STRING = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
+# Around each batch of pairs, it has these, so many bytes long: the beginning of the batch, its end,
+# its end if it is one pair, and the size of a further frame. And it ends with STOP.
+FIXED_LENGTHS = {pickle.MARK[0]: 1, pickle.SETITEMS[0]: 1, pickle.SETITEM[0]: 1, pickle.FRAME[0]: 9}
+STOP = pickle.STOP[0]
+
+
 def check_opcodes(pickled: memoryview) -> None:
     """Raise SnapshotError unless a pickle makes do with a dict and strings.
 
     The checksum proves that the file is whole, not who made it, and without functions a pickle can
     still crash the interpreter (a tuple nested a million deep as a key) or use up all memory (a
-    memo entry with a huge number). So only the opcodes pass that `save_snapshot` writes.
+    memo entry with a huge number). So only the opcodes pass that `write_pairs` writes.
     """
-    short_string, string = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
-    frame, stop = pickle.FRAME[0], pickle.STOP[0]
-    single_bytes = (pickle.MARK[0], pickle.SETITEM[0], pickle.SETITEMS[0])
-    # Protocol 4, the length of the first frame unless it is tiny, and an empty dict.
-    start = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL).match(pickled)
+    start = PICKLE_START.match(pickled)
     if not start:
         raise SnapshotError("not a dict")
     at = start.end()
     try:
         while True:
-            while pickled[at] == short_string:  # a loop of its own for nearly all there is
+            while pickled[at] == SHORT_STRING:  # a loop of its own for nearly all there is
                 at += 2 + pickled[at + 1]
             opcode = pickled[at]
-            if opcode in single_bytes:
-                at += 1
-            elif opcode == string:
+            if opcode == STRING:
                 at += 5 + int.from_bytes(pickled[at + 1 : at + 5], "little")
-            elif opcode == frame:
-                at += 9
-            elif opcode == stop and at == len(pickled) - 1:
+            elif opcode in FIXED_LENGTHS:
+                at += FIXED_LENGTHS[opcode]
+            elif opcode == STOP and at == len(pickled) - 1:
                 return
             else:
                 raise SnapshotError(f"unexpected opcode {opcode:#04x} at byte {at}")
     except IndexError:
         raise SnapshotError("has no end") from None
+
+
+class Snapshot:
+    """The snapshot in a working directory, which it locks against a second kv.py."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = os.path.abspath(directory)
+        self.path = os.path.join(self.directory, SNAPSHOT)
+        self._temporary = self.path + ".tmp"
+
+    def open(self) -> None:
+        """Create the directory if need be, lock it, and try all that a save needs.
+
+        Raises OSError or SnapshotError: what would fail then is found out now.
+        """
+        with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
+            os.makedirs(self.directory)
+        self._lock()
+        write_pairs(self._temporary, {})
+        read_pairs(self._temporary)
+        self._sync_directory()
+        os.unlink(self._temporary)
+
+    def load(self) -> dict[str, str]:
+        """Return the saved pairs, none if there is no snapshot; raises what read_pairs does."""
+        try:
+            return read_pairs(self.path)
+        except FileNotFoundError:
+            return {}
+
+    def save(self, pairs: dict[str, str]) -> None:
+        """Replace the snapshot, whole or not at all.
+
+        Raises OSError (disk full, file too large, directory gone, ...). The old snapshot is then
+        still in place, or, if only the last step failed, the whole new one.
+        """
+        # Somebody may have put another directory into the place of the one that is locked.
+        if not os.path.samestat(os.fstat(self._locked), os.stat(self.directory)):
+            locked = self._locked
+            self._lock()
+            os.close(locked)
+        try:
+            # First the content, then the name: a crash in between must not leave an empty file.
+            write_pairs(self._temporary, pairs)
+            os.replace(self._temporary, self.path)
+            self._sync_directory()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)  # half a file would fill a full disk for good
+            raise
+
+    def _lock(self) -> None:
+        # The kernel gives the lock back however the process ends, so none is ever left behind.
+        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(directory)
+            raise BlockingIOError(error.errno, "in use by another kv.py") from None
+        self._locked = directory
+
+    def _sync_directory(self) -> None:
+        """Have the disk keep the name of the snapshot, too."""
+        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        except OSError as error:
+            # Some file systems keep names without being asked: CIFS, shared folders.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(directory)
 
 
 # ---- Store: all pairs in memory ----
@@ -275,8 +333,9 @@ class Store:
             if changes == self._saved_changes:
                 return None
             # A copy of the dict, not of its strings: some milliseconds, and then requests go on
-            # during the seconds that writing it may take.
-            pairs = self._pairs.copy()
+            # during the seconds that writing it may take. For the last save there may be no memory
+            # for a copy, and no need, as nothing changes any more.
+            pairs = self._pairs if self._closed else self._pairs.copy()
         write(pairs)
         self._saved_changes = changes
         return len(pairs)
@@ -461,39 +520,44 @@ def answer_head(status: int, second: int) -> bytes:
 
 # ---- Log: lines on stderr ----
 
-LOG_LOCK = threading.Lock()
 
+class Log:
+    """Lines on stderr, written by a thread of its own.
 
-def log(message: str) -> None:
-    """Write a line to stderr, in one piece, or drop it.
-
-    If nobody reads our stderr, be it closed or a pipe that is full, we have to save all the same.
+    A pipe that nobody reads, or a paused terminal, blocks who writes to it. So nobody else does,
+    and the shutdown does not wait for it.
     """
-    line = f"kv.py: {message}\n".encode(errors="backslashreplace")
-    # With the lock, no other thread uses up the room between the look and the write.
-    with LOG_LOCK, contextlib.suppress(OSError):
-        if sys.stderr is not None and select.select([], [sys.stderr], [], 0)[1]:
-            os.write(sys.stderr.fileno(), line)
 
+    def __init__(self) -> None:
+        # More than these are waiting only if nobody reads. Then further ones are dropped.
+        self._lines: queue.Queue[bytes | None] = queue.Queue(1000)
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
 
-def make_terminal_non_blocking() -> None:
-    """If stderr is a terminal, open it once more, for this process alone and non-blocking.
+    def __call__(self, message: str) -> None:
+        with contextlib.suppress(queue.Full):
+            line = f"kv.py: {message}\n".encode(errors="backslashreplace")
+            self._lines.put_nowait(line)
 
-    With room for a part of a line, a terminal that nobody reads counts as ready, and blocks. And
-    O_NONBLOCK on the stderr that we were given would concern the shell, which shares it.
-    """
-    with contextlib.suppress(OSError):  # it may belong to another user
-        if os.isatty(2):
-            terminal = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-            os.dup2(terminal, 2)
-            os.close(terminal)
+    def error(self, error: Exception) -> None:
+        """Report a mistake in this program, or a lack of memory; the other clients are served."""
+        with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            self(f"error: {error!r} in {frame.f_code.co_name}, line {line}")
 
+    def close(self, seconds: float) -> None:
+        """Wait until all is written, for that many seconds at most."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+            self._thread.join(seconds)
 
-def log_error(error: Exception) -> None:
-    """Report a mistake in this program, or a lack of memory; the other clients are served."""
-    with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-        log(f"error: {error!r} in {frame.f_code.co_name}, line {line}")
+    def _write(self) -> None:
+        while line := self._lines.get():
+            # Not by way of sys.stderr, whose lock the interpreter wants at its exit. And if stderr
+            # was closed at the start, 2 may be the number of another file.
+            if sys.stderr is not None:
+                with contextlib.suppress(OSError):
+                    os.write(2, line)
 
 
 # ---- Handler: the requests of one connection, while they keep coming ----
@@ -564,6 +628,12 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             # The client has hung up, or stalled for too long: nobody is left to be told.
             self.close_connection = True
+        except MemoryError as error:
+            self.server.log.error(error)
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self._answer(507, b"out of memory\n")
+                self._linger()
 
     def _wait_for_request(self) -> bool:
         """Wait for the first bytes of a request; return whether there are any."""
@@ -658,15 +728,15 @@ class Handler(BaseHTTPRequestHandler):
             field += b"Connection: close\r\n"
         elif not self._http11:
             field += b"Connection: keep-alive\r\n"
+        if self.server.verbose:
+            # As a representation, because a client can put anything into it; and not of any length.
+            address, line = self.connection.getpeername()[0], repr(self._line)[1:]
+            self.server.log(f"{address} {line:.1000} {status} {len(body)}")
         head = answer_head(status, int(time.time()))
         sent_body = b"" if self.command == "HEAD" else body
         self.connection.sendall(
             b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body)
         )
-        if self.server.verbose:
-            # As a representation, because a client can put anything into it; and not of any length.
-            address, line = self.connection.getpeername()[0], repr(self._line)[1:]
-            log(f"{address} {line:.1000} {status} {len(body)}")
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -781,7 +851,8 @@ class Handler(BaseHTTPRequestHandler):
             DRAIN_SECONDS if self.server.draining else LINGER_SECONDS
         ):
             with contextlib.suppress(BlockingIOError):
-                if not self._receive(RECEIVE_BODY_SIZE, PAUSE_SECONDS):
+                # Little at a time: a server without memory must be able to do this, too.
+                if not self._receive(1024, PAUSE_SECONDS):
                     break
 
 
@@ -807,6 +878,8 @@ SILENT_SECONDS = 10.0
 # Each client that stalls holds a worker for up to 15 s. Fewer workers could all be held, and more
 # would take more memory, 25 KB each.
 MAX_WORKERS = 2000
+# Descriptors that clients cannot have: a save needs one at a time, and the interpreter may, too.
+RESERVED_DESCRIPTORS = 8
 # How many clients are accepted before those that are parked have their turn again.
 ACCEPT_AT_ONCE = 100
 # How many seconds a worker without work stays. To start one takes 100 us.
@@ -833,16 +906,17 @@ class Server(ThreadingHTTPServer):
     # 3 s, 7 s. The kernel lowers this to what it allows (somaxconn, 4,096 on Linux).
     request_queue_size = 65_535
 
-    def __init__(self, host: str, port: int, verbose: bool) -> None:
+    def __init__(self, host: str, port: int, log: Log, verbose: bool) -> None:
         """Bind the address, without listening yet. OSError if that fails."""
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family, address = info[0], cast(Any, info[4])
         super().__init__(address, Handler, bind_and_activate=False)
-        self.verbose = verbose
+        self.log, self.verbose = log, verbose
         self.accepting = True
         self.draining = False  # each connection is closed as soon as it is idle
         self.full = False  # clients are waiting, and there was no descriptor for one of them
         self._listening = False  # the selector has the listener
+        self._last_number = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         # Since when each is parked (monotonic clock), and what of an empty line has come; the one
@@ -923,8 +997,8 @@ class Server(ThreadingHTTPServer):
                 self._serve_once(poll_interval / 10)
             # The listener first: who is told to leave, as in a drain, comes back at once.
             self._pause()
-            self.server_close()
             with self._lock:  # see _park
+                self.server_close()
                 self.draining = True
             end = time.monotonic() + DRAIN_SECONDS
             while self._parked and time.monotonic() < end:
@@ -944,14 +1018,16 @@ class Server(ThreadingHTTPServer):
                 else:
                     self._resume(cast(socket.socket, key.fileobj))
             self._drop_silent()
-            if not events:
-                self._listen()  # others may have closed descriptors
+            if not (self._in_hand or self._parked):
+                self._listen()  # none is left that could make room
         except Exception as error:  # no memory, for instance
-            log_error(error)
+            self.log.error(error)
             time.sleep(POLL_SECONDS)
 
     def _accept(self) -> bool:
         """Accept clients from the backlog; return whether none is left there."""
+        if not self._listening:
+            return False
         for _ in range(ACCEPT_AT_ONCE):
             try:
                 connection, _ = self.socket.accept()
@@ -961,26 +1037,28 @@ class Server(ThreadingHTTPServer):
             except ConnectionAbortedError:
                 continue  # this client has given up
             except OSError:
-                # Out of descriptors. The listener stays readable, so the selector must not have it
-                # until one has been closed.
-                self.full = True
-                self._pause()
+                self._pause()  # out of descriptors, and the listener stays readable
                 return False
             # On BSD and macOS, a connection is like its listener.
             os.set_blocking(connection.fileno(), True)
             self._hand_over(connection, b"")
+            # The system gives the lowest number that is free. So all below this one are taken.
+            if connection.fileno() >= self._last_number:
+                self._pause()
+                return False
         return False
 
     def _listen(self) -> None:
         """Have the selector watch the listener."""
         with self._lock:
-            if not self._listening and self.accepting:
+            if not self._listening and self.socket.fileno() >= 0:
                 self._selector.register(self.socket, selectors.EVENT_READ)
                 self._listening = True
 
     def _pause(self) -> None:
-        """Have the selector leave the listener alone."""
+        """Have the selector leave the listener alone, until a connection has been closed."""
         with self._lock:
+            self.full = True
             if self._listening:
                 self._selector.unregister(self.socket)
                 self._listening = False
@@ -1074,7 +1152,7 @@ class Server(ThreadingHTTPServer):
                     return
                 handler.handle()
         except Exception as error:  # a mistake in this program, or a lack of memory
-            log_error(error)
+            self.log.error(error)
         self._close(connection)
         with self._lock:
             self._in_hand -= 1
@@ -1105,19 +1183,36 @@ class Server(ThreadingHTTPServer):
         return self._in_hand > len(self._workers)
 
 
-# ---- Process: arguments, working directory, signals, and the order of a shutdown ----
+# ---- Process: arguments, signals, when to save, and the order of a shutdown ----
 
-# From the signal to the exit, in seconds: then supervisors, among them the lsfr harness, kill.
-SHUTDOWN_SECONDS = 15.0
-# Of these, what is kept for the last save besides the time that saves take: the disk may be slower
-# then, or full, so that the save has to be tried again. So with quick saves, waiting ends at 12 s.
-SAVE_SECONDS = 3.0
-# How often to look whether all is answered, for a second signal, or for room on the disk.
-STEP_SECONDS = 1.0
+# Each of these means that the process is about to end: by an operator, a supervisor or a terminal
+# that is closed; by Ctrl-\, a limit of CPU time, or a power supply that fails.
+STOP_SIGNALS = {
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGPWR")
+    if hasattr(signal, name)  # macOS has no SIGPWR
+}
+SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}  # by an operator, and by the timer of --save-every
+# How many seconds the exit waits for the log. If nobody reads it, the last lines are lost.
+LOG_SECONDS = 0.5
+# Memory that is given back for the last save, in bytes. To write a snapshot takes some buffers,
+# for which clients may have left nothing. 1 MiB was not enough.
+RESERVED_MEMORY = 8 * 1024 * 1024
 
 
 def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def or_exit(doing: str) -> Iterator[None]:
+    """Whatever goes wrong at the start is one line on stderr, and exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f"kv.py: {doing}: {reason(error)}")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -1125,42 +1220,57 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"kv.py: {message} (see kv.py --help)\n")  # one line, without the usage
 
 
-def port_number(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError("not a number from 0 to 65535")
-    return int(text)
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Return the type of an argument."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def directory_name(text: str) -> str:
+    """The type of an argument."""
+    if not text:  # an unset variable of a script, not the current directory
+        raise argparse.ArgumentTypeError("empty")
+    return text
 
 
 def parse_arguments() -> argparse.Namespace:
     summary = (__doc__ or "").split("\n", 1)[0]
     parser = ArgumentParser(prog="kv.py", description=summary, allow_abbrev=False)
     add = parser.add_argument
+    port, seconds = whole_number(0, 65535), whole_number(0, 1_000_000)
     add("--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen (%(default)s)")
-    add("--port", metavar="N", type=port_number, default=8080, help="0 is any free (%(default)s)")
-    directory = os.environ.get("DATA_DIR") or "."
-    add("--working-dir", metavar="DIR", default=directory, help="for the snapshot ($DATA_DIR or .)")
+    add("--port", metavar="N", type=port, default=8080, help="0 is any free (%(default)s)")
+    add(
+        "--working-dir",
+        metavar="DIR",
+        type=directory_name,
+        default=os.environ.get("DATA_DIR") or ".",
+        help="where the snapshot is; without it, where the environment variable DATA_DIR says, or"
+        " else the current directory",
+    )
+    add(
+        "--graceful-timeout",
+        metavar="SECONDS",
+        type=whole_number(1, 1_000_000),
+        default=15,
+        help="from a signal to the exit, the last save included (%(default)s)",
+    )
+    add(
+        "--save-every",
+        metavar="SECONDS",
+        type=seconds,
+        default=0,
+        help="save by itself, too, if anything has changed; 0 is never (%(default)s)",
+    )
     add("--dump", action="store_true", help="print the snapshot as JSON Lines and exit")
     add("--verbose", action="store_true", help="log every request")
     add("--version", action="version", version=f"kv.py {__version__}")
     return parser.parse_args()
-
-
-def open_working_directory(path: str) -> int:
-    """Return a descriptor of the directory, which holds its lock until the process ends.
-
-    Raises OSError if no file can be created there: found out now rather than at the shutdown.
-    """
-    with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
-        os.makedirs(path)
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    # The kernel gives the lock back however the process ends, so none is ever left behind.
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(error.errno, "in use by another kv.py") from None
-    os.close(create_temporary(directory))
-    os.unlink(TEMPORARY, dir_fd=directory)
-    return directory
 
 
 def raise_descriptor_limit() -> None:
@@ -1185,102 +1295,161 @@ def stay_on_one_core() -> None:
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
 
 
-def dump(working_directory: str) -> None:
+def dump(snapshot: Snapshot) -> None:
     """Print the snapshot's pairs to stdout, as one JSON object a line."""
     # The ways in which command line tools are stopped: `kv.py --dump | head`, Ctrl-C.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    directory = os.open(working_directory, os.O_RDONLY | os.O_DIRECTORY)
-    os.stat(SNAPSHOT, dir_fd=directory)  # load_snapshot() takes a missing one for an empty store
     # Not sys.stdout: what it could not write it would try again at the exit, with a traceback.
     with open(1, "wb", closefd=False) as stdout:
-        for key, value in load_snapshot(directory).items():
+        for key, value in read_pairs(snapshot.path).items():
             line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
             stdout.write(line.encode() + b"\n")
 
 
-def shut_down(
-    server: Server, store: Store, directory: int, stop_signals: set[signal.Signals]
-) -> int:
-    """End what is in flight, save everything that has been acknowledged, return the exit code."""
-    begin = time.monotonic()
-    longest = 0.0  # of the saves
+class Saver:
+    """Saves what has changed, and knows how long a save may take."""
 
-    def time_is_left(reserve: float) -> bool:
-        # A second signal, which stays pending as nobody takes it, means: no more waiting.
-        hurry = signal.sigpending() & stop_signals
-        return not hurry and time.monotonic() - begin + reserve < SHUTDOWN_SECONDS
+    def __init__(self, store: Store, snapshot: Snapshot, log: Log, longest: float) -> None:
+        """`longest` is a first estimate: how many seconds the load has taken."""
+        self.store, self.snapshot, self.log, self.longest = store, snapshot, log, longest
 
-    def try_to_save() -> str:
+    def save(self) -> str:
         """Return why it failed, empty if it did not."""
-        nonlocal longest
-        start = time.monotonic()
+        begin = time.monotonic()
         try:
-            saved = store.save(lambda pairs: save_snapshot(directory, pairs))
-        except (OSError, MemoryError) as error:
-            log(f"cannot save: {reason(error)}")
+            saved = self.store.save(self.snapshot.save)
+        except Exception as error:  # whatever it is, there may be another try
+            self.log(f"cannot save: {reason(error)}")
             return reason(error)
         finally:
-            longest = max(longest, time.monotonic() - start)
+            seconds = time.monotonic() - begin
+            self.longest = max(self.longest, seconds)
         if saved is not None:
-            log(f"saved {saved} pairs in {time.monotonic() - start:.2f} s")
+            self.log(f"saved {saved} pairs in {seconds:.2f} s")
         return ""
 
-    log(f"draining: {server.in_flight} connections in flight, {server.idle} idle")
+
+def take_pending(signals: set[signal.Signals]) -> set[signal.Signals]:
+    """Return those of the blocked signals that have come, which then have not any more."""
+    pending = {number for number in signals if number in signal.sigpending()}
+    for number in pending:
+        signal.sigwait({number})
+    return pending
+
+
+def save_until_stopped(
+    saver: Saver, stop_signals: set[signal.Signals]
+) -> tuple[float, set[signal.Signals]]:
+    """Save at each signal for that; return when a stop signal came, and which.
+
+    One that comes during a save counts from the beginning of that save, as nobody knows better.
+    """
+    while True:
+        received = {signal.Signals(signal.sigwait(stop_signals | SAVE_SIGNALS))}
+        begin = time.monotonic()
+        if received <= SAVE_SIGNALS:
+            saver.save()
+        # sigwait() takes the lowest number first: those that came together belong together.
+        received |= take_pending(stop_signals)
+        if received & stop_signals:
+            return begin, received & stop_signals
+
+
+def drain(
+    server: Server, saver: Saver, begin: float, seconds: float, hurry: Callable[[], bool]
+) -> None:
+    """End what is in flight, as long as there is time for the last save; save early in between.
+
+    `begin` is when the signal came, on the monotonic clock, and `seconds` the graceful time-out.
+    """
+
+    def end_of_patience() -> float:
+        # Kept for the last save: twice what one has taken so far, and of 15 s another 3. The disk
+        # may be slower then, or full, so that the save has to be tried again.
+        return begin + seconds * 0.8 - 2 * saver.longest
+
     server.drain()
-    while not server.join(time.monotonic() + STEP_SECONDS):
-        # Early, in case that those in flight take longer than we have; if there is time for this
-        # save and the last one, each as long as the longest so far.
-        if time_is_left(SAVE_SECONDS + 2 * longest):
-            try_to_save()
-        if not time_is_left(SAVE_SECONDS + 2 * longest):
+    while not server.join(min(time.monotonic() + step(seconds), end_of_patience())):
+        now = time.monotonic()
+        if hurry() or now >= end_of_patience():
             break
-    log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
-    store.close()
-    while failure := try_to_save():
-        if not time_is_left(STEP_SECONDS + longest):
-            log(f"not saved, {failure}: what was written since the last snapshot is lost")
-            return 1
-        time.sleep(STEP_SECONDS)
-    return 0
+        # In case that those in flight take longer than we have.
+        if now + saver.longest < end_of_patience():
+            saver.save()
 
 
-def main() -> int:
+def save_at_last(saver: Saver, begin: float, seconds: float, hurry: Callable[[], bool]) -> str:
+    """Save until it succeeds or time is up; return why it failed, empty if it did not."""
+    saver.store.close()
+    while failure := saver.save():
+        if hurry() or time.monotonic() + step(seconds) + saver.longest >= begin + seconds:
+            break
+        time.sleep(step(seconds))
+    return failure
+
+
+def step(seconds: float) -> float:
+    """How often a shutdown looks for the end of requests, room on the disk, a further signal."""
+    return min(1.0, seconds / 15)
+
+
+def main() -> None:
     arguments = parse_arguments()
-    make_terminal_non_blocking()
-    doing = f"cannot use the working directory {arguments.working_dir!r}"
-    try:
-        snapshot = os.path.join(os.path.abspath(arguments.working_dir), SNAPSHOT)
-        if arguments.dump:
-            doing = f"cannot dump {snapshot}"
-            dump(arguments.working_dir)
-            return 0
-        stop_signals = {signal.SIGTERM, signal.SIGINT}
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
-            stop_signals.add(signal.SIGHUP)
-        # Blocked in this thread and those it starts: a signal waits until it is asked for, and
-        # cannot interrupt anything halfway.
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
-        stay_on_one_core()
-        directory = open_working_directory(arguments.working_dir)
-        # The address now, so that a load that takes long is not in vain; it listens afterwards.
-        doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
-        raise_descriptor_limit()
-        server = Server(arguments.host, arguments.port, arguments.verbose)
-        doing = f"cannot load {snapshot}"
-        store = Store(load_snapshot(directory))
-        doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
+    with or_exit(f"cannot use the working directory {arguments.working_dir!r}"):
+        snapshot = Snapshot(arguments.working_dir)
+    if arguments.dump:
+        with or_exit(f"cannot dump {snapshot.path!r}"):
+            dump(snapshot)
+        return
+    stop_signals = set(STOP_SIGNALS)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+        stop_signals.remove(signal.SIGHUP)
+    # Blocked in this thread and those it starts: a signal waits until it is asked for, and cannot
+    # interrupt anything halfway. SIGTTOU would stop us at a line to a terminal with `stty tostop`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS | {signal.SIGTTOU})
+    os.umask(0o077)  # the snapshot and a new directory are for the owner, who can read them
+    stay_on_one_core()
+    raise_descriptor_limit()
+    doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
+    # The address first, so that a load that takes long is not in vain. It listens at the end.
+    with or_exit(doing):
+        log = Log()
+        server = Server(arguments.host, arguments.port, log, arguments.verbose)
+    with or_exit(f"cannot use the working directory {arguments.working_dir!r}"):
+        snapshot.open()
+        reserved_memory = mmap.mmap(-1, RESERVED_MEMORY, flags=mmap.MAP_PRIVATE)
+    with or_exit(f"cannot load {snapshot.path!r}"):
+        begin = time.monotonic()
+        store = Store(snapshot.load())
+        saver = Saver(store, snapshot, log, time.monotonic() - begin)
+    with or_exit(doing):
         server.start(store)
-    except (OSError, SnapshotError, UnicodeError, MemoryError, RuntimeError) as error:
-        log(f"{doing}: {reason(error)}")
-        return 1
-    log(f"{len(store)} pairs in {snapshot}, listening on {server.url}")
-    received = signal.sigwait(stop_signals)
-    log(signal.Signals(received).name)
+    log(f"{len(store)} pairs in {snapshot.path}, listening on {server.url}")
+    signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
+
+    begin, received = save_until_stopped(saver, stop_signals)
+    log(" and ".join(number.name for number in received))
+
+    def hurry() -> bool:
+        # The same signal again. Another one belongs to the first: systemd may send SIGHUP, too.
+        return bool(signal.sigpending() & received)
+
+    log(f"draining: {server.in_flight} connections in flight, {server.idle} idle")
+    try:
+        drain(server, saver, begin, arguments.graceful_timeout, hurry)
+    except Exception as error:  # whatever it is, the last save is made
+        log.error(error)
+    log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
+    reserved_memory.close()
+    failure = save_at_last(saver, begin, arguments.graceful_timeout, hurry)
+    if failure:
+        log(f"not saved, {failure}: what was written since the last snapshot is lost")
+    log.close(LOG_SECONDS)
     # Not by way of sys.exit(): the interpreter would first tidy up, and wait for its lock among
     # thousands of threads meanwhile. Everything is on the disk, and nothing is left to flush.
-    os._exit(shut_down(server, store, directory, stop_signals))
+    os._exit(1 if failure else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
