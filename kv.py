@@ -38,6 +38,15 @@ syntax, log, one connection, the server, the process. Only the connection also k
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.exit("kv.py: needs Python 3.9 or later")
+if __name__ == "__main__":
+    # Ctrl-C while the other modules are being imported: no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import contextlib
@@ -45,6 +54,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -54,12 +64,10 @@ import random
 import re
 import resource
 import selectors
-import signal
 import socket
 import socketserver
 import stat
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -144,6 +152,11 @@ def read_pairs(path: str) -> dict[str, str]:
             raise SnapshotError(f"not a valid pickle: {error}") from error
     if not isinstance(pairs, dict):
         raise SnapshotError("not a dict")
+    for text in itertools.chain(pairs, pairs.values()):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a lone surrogate: it could never be answered
+            raise SnapshotError("text that is not UTF-8") from None
     return pairs
 
 
@@ -372,6 +385,9 @@ ORIGIN_FORM = re.compile(rb"(/" + PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*)(?:\
 # http://127.0.0.1:8080/kv/a, which a proxy may send. The host is not empty: no colon in front.
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(?!:)([^/?]+)(.*)")
 HOST_VALUE = re.compile(HOST)
+# What a server on a loopback address is called: an IP address, a name that is never asked of a name
+# server, or one without a dot, such as nginx's name for its upstream.
+LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # RFC 9112 5 and RFC 9110 5.5: no white space before the colon, no folding, no control characters.
 FIELD = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
 # RFC 9112 7.1.1: the size, then extensions, which are checked and ignored.
@@ -380,8 +396,9 @@ EXTENSION = rb"[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" 
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:" + EXTENSION + rb")*")
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
-# What may stand in front of the end of a line, or of several: RFC 9112 2.2 allows no CR or LF
-# without the other. The LF that belongs to a CR at the end may be still to come.
+# What these may look like while their end is still to come: a request line, a chunk's size, and
+# field lines. RFC 9112 2.2: no CR or LF without the other. A CR at the end may get its LF yet.
+UNFINISHED_REQUEST_LINE = re.compile(TOKEN_CHARACTERS + rb"*(?: (?:[/Hh*][!-~]*(?: [!-~]*)?)?)?\r?")
 UNFINISHED_LINE = re.compile(rb"[^\r\n]*\r?")
 UNFINISHED_LINES = re.compile(rb"[^\r\n]*(?:\r\n[^\r\n]*)*\r?")
 
@@ -397,35 +414,35 @@ class Refusal(Exception):
 class Fields(NamedTuple):
     """What the header fields of a request mean for this server."""
 
+    host: bytes
     length: int  # of the body, in bytes; 0 if it is chunked
     chunked: bool
     keep_alive: bool
     expects_continue: bool
 
 
-def check_unfinished_line(line: bytes, status: int) -> None:
-    """Raise Refusal if a line of which the end is still to come is too long or malformed."""
-    if len(line) > MAX_LINE + len(b"\r"):
-        raise Refusal(status, "line too long")
-    if not UNFINISHED_LINE.fullmatch(line):
-        raise Refusal(400, "bare CR or LF")
-
-
 def check_unfinished_head(head: bytes) -> None:
-    """The same for the head of a request, of which the first line may be complete."""
+    """Raise Refusal if a head of which the end is still to come cannot become one any more.
+
+    A client that speaks TLS, or another protocol, may wait for our answer before it sends more.
+    """
     line, line_end, block = head.partition(b"\r\n")
-    if not line_end:
-        check_unfinished_line(line, 414)
-        return
-    parse_request_line(line)
-    if len(block) > MAX_HEADER + len(b"\r\n\r"):
-        raise Refusal(431, "header too large")
-    if not UNFINISHED_LINES.fullmatch(block):
-        raise Refusal(400, "bare CR or LF")
+    if line_end:
+        parse_request_line(line)
+        if len(block) > MAX_HEADER + len(b"\r\n\r"):
+            raise Refusal(431, "header too large")
+        if not UNFINISHED_LINES.fullmatch(block):
+            raise Refusal(400, "bare CR or LF")
+    elif len(line) > MAX_LINE + len(b"\r"):
+        raise Refusal(414, "line too long")
+    elif not UNFINISHED_REQUEST_LINE.fullmatch(line):
+        raise Refusal(400, "malformed request line")
 
 
-def parse_request_line(line: bytes) -> tuple[str, str, bool]:
-    """Return the method, the path as it was sent, and whether the client speaks HTTP/1.1."""
+def parse_request_line(line: bytes) -> tuple[str, bytes, str, bool]:
+    """Return the method, the host if it names one, the path as it was sent, and whether the client
+    speaks HTTP/1.1.
+    """
     if len(line) > MAX_LINE:
         raise Refusal(414, "line too long")
     match = REQUEST_LINE.fullmatch(line)
@@ -434,16 +451,18 @@ def parse_request_line(line: bytes) -> tuple[str, str, bool]:
     method, target, major, minor = match.groups()
     if major != b"1":
         raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
+    host = b""
     if not target.startswith(b"/"):
         absolute = ABSOLUTE_FORM.fullmatch(target)
         if not absolute or not HOST_VALUE.fullmatch(absolute[1]):
             raise Refusal(400, "malformed request target")
+        host = absolute[1]
         target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
     origin = ORIGIN_FORM.fullmatch(target)
     if not origin:
         raise Refusal(400, "malformed request target")
     # A later minor version is HTTP/1.1 with additions that we may ignore: RFC 9110 2.5.
-    return method.decode(), origin[1].decode(), minor != b"0"
+    return method.decode(), host, origin[1].decode(), minor != b"0"
 
 
 def parse_field_lines(block: bytes) -> list[tuple[bytes, bytes]]:
@@ -498,7 +517,8 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     expectations = members(values[b"expect"])  # RFC 9110 10.1.1
     if expectations - {b"100-continue"}:
         raise Refusal(417, "only Expect: 100-continue")
-    return Fields(length, bool(codings), keep_alive, bool(expectations) and http11)
+    host = hosts[0] if hosts else b""
+    return Fields(host, length, bool(codings), keep_alive, bool(expectations) and http11)
 
 
 # A client repeats its header fields byte for byte with each request, and parsing them costs more
@@ -515,6 +535,8 @@ def answer_head(status: int, second: int) -> bytes:
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Date: {formatdate(second, usegmt=True)}\r\n"
         "Content-Type: text/plain; charset=utf-8\r\n"
+        # Or a web page could run a value as a script, and so read it.
+        "X-Content-Type-Options: nosniff\r\n"
     ).encode()
 
 
@@ -572,8 +594,8 @@ DRAIN_SECONDS = 0.25
 # piece of a body; or the next piece of an answer to leave. Whoever needs longer is gone, or wants
 # to hold the worker.
 STALL_SECONDS = 15.0
-# An upload slower than this on average is cut off.
-BODY_BYTES_PER_SECOND = 1024
+# An upload that is slower on average is cut off, and so is an answer.
+BYTES_PER_SECOND = 1024
 # How many seconds a client may go on sending when it has its last answer.
 LINGER_SECONDS = 5.0
 # Enough for any request but an upload.
@@ -678,10 +700,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> Callable[[], None]:
         """Return the method that serves the request; set `key` if the path has one."""
+        # A web page can have its own name lead to 127.0.0.1, and a browser then takes us for the
+        # page's server: DNS rebinding. So other names are not served there. RFC 9110 15.5.20.
+        if self.server.is_local and not LOCAL_HOST.fullmatch(self._host):
+            raise Refusal(421, "misdirected request")
         has_key = self.path.startswith("/kv/")
         methods = ROUTES.get("/kv/" if has_key else self.path)
         if not methods:
-            raise Refusal(404, "not found")
+            raise Refusal(404, "not found; try /health or /kv/KEY")
         if self.command not in methods:
             allow = f"Allow: {', '.join(methods)}\r\n".encode()
             raise Refusal(405, "method not allowed", allow)
@@ -734,9 +760,18 @@ class Handler(BaseHTTPRequestHandler):
             self.server.log(f"{address} {line:.1000} {status} {len(body)}")
         head = answer_head(status, int(time.time()))
         sent_body = b"" if self.command == "HEAD" else body
-        self.connection.sendall(
-            b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body)
-        )
+        self._send(b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body))
+
+    def _send(self, data: bytes) -> None:
+        """Send all of it, unless the client reads too slowly. TimeoutError if it does."""
+        sent = self.connection.send(data)  # normally all: so much fits into the socket's buffer
+        deadline = time.monotonic() + STALL_SECONDS
+        while sent < len(data):
+            if time.monotonic() > deadline:
+                raise TimeoutError("an answer is read too slowly")
+            more = self.connection.send(memoryview(data)[sent:])
+            sent += more
+            deadline += more / BYTES_PER_SECOND
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -753,9 +788,10 @@ class Handler(BaseHTTPRequestHandler):
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         self._line, _, block = head.partition(b"\r\n")
         # The method first: if the fields of a HEAD are refused, that answer has no body either.
-        self.command, self.path, self._http11 = parse_request_line(self._line)
+        self.command, host, self.path, self._http11 = parse_request_line(self._line)
         parse = remembered_fields if len(block) <= MAX_REMEMBERED else parse_fields
         self._fields = parse(block, self._http11)
+        self._host = host or self._fields.host  # RFC 9112 3.2.2: the field does not count then
 
     def _read_body(self) -> None:
         """Take the request's body out of the input.
@@ -766,7 +802,7 @@ class Handler(BaseHTTPRequestHandler):
         self._body: bytes | bytearray = b""
         if fields.length or fields.chunked:
             if fields.expects_continue and not self.buffer:
-                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._deadline = time.monotonic() + STALL_SECONDS
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
@@ -797,7 +833,10 @@ class Handler(BaseHTTPRequestHandler):
     def _read_line(self) -> bytes:
         """Take a line out of the input; return it without its end."""
         while b"\r\n" not in self.buffer:
-            check_unfinished_line(self.buffer, 431)
+            if len(self.buffer) > MAX_LINE + len(b"\r"):
+                raise Refusal(431, "line too long")
+            if not UNFINISHED_LINE.fullmatch(self.buffer):
+                raise Refusal(400, "bare CR or LF")
             self.buffer += self._receive_in_time(RECEIVE_SIZE)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         if len(line) > MAX_LINE:
@@ -810,7 +849,7 @@ class Handler(BaseHTTPRequestHandler):
         self.buffer = self.buffer[size:]
         while True:
             body += piece
-            self._deadline += len(piece) / BODY_BYTES_PER_SECOND
+            self._deadline += len(piece) / BYTES_PER_SECOND
             if len(body) == size:
                 return body
             piece = self._receive_in_time(min(size - len(body), RECEIVE_BODY_SIZE))
@@ -926,6 +965,8 @@ class Server(ThreadingHTTPServer):
         self._in_hand = 0  # connections in `_jobs` or with a worker
         self._workers: set[threading.Thread] = set()
         self.server_bind()
+        # A loopback address: only processes on this machine can reach it, browsers among them.
+        self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
 
     def server_bind(self) -> None:
         # Not the one of HTTPServer: it asks the name service for the name of this host.
@@ -969,11 +1010,11 @@ class Server(ThreadingHTTPServer):
         Returns whether all of them have ended.
         """
         self._acceptor.join(max(0.0, until - time.monotonic()))
-        if self._acceptor.is_alive():
-            return False  # it may still start workers, and one that is not started cannot be joined
-        for worker in self._workers.copy():
-            worker.join(max(0.0, until - time.monotonic()))
-        return not self._workers
+        while self._workers and time.monotonic() < until:
+            for worker in self._workers.copy():
+                with contextlib.suppress(RuntimeError):  # another worker is just starting it
+                    worker.join(max(0.0, until - time.monotonic()))
+        return not (self._acceptor.is_alive() or self._workers)
 
     def may_stay(self) -> bool:
         """Whether a connection that has been answered may wait here for its next request.
@@ -1005,6 +1046,8 @@ class Server(ThreadingHTTPServer):
                 self._serve_once(poll_interval / 10)
             for connection in list(self._parked):
                 self._drop(connection)
+        except Exception as error:
+            self.log.error(error)
         finally:
             self._jobs.put(None)  # the end, for one worker after another
 
@@ -1098,7 +1141,7 @@ class Server(ThreadingHTTPServer):
         received = self._take(connection)
         try:
             connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        except OSError:  # nothing, or the client has reset it
             self._close(connection)
         else:
             self._hand_over(connection, received)
@@ -1198,6 +1241,10 @@ LOG_SECONDS = 0.5
 # Memory that is given back for the last save, in bytes. To write a snapshot takes some buffers,
 # for which clients may have left nothing. 1 MiB was not enough.
 RESERVED_MEMORY = 8 * 1024 * 1024
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def reason(error: Exception) -> str:
@@ -1300,6 +1347,8 @@ def dump(snapshot: Snapshot) -> None:
     # The ways in which command line tools are stopped: `kv.py --dump | head`, Ctrl-C.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "stdout is closed")
     # Not sys.stdout: what it could not write it would try again at the exit, with a traceback.
     with open(1, "wb", closefd=False) as stdout:
         for key, value in read_pairs(snapshot.path).items():
@@ -1326,7 +1375,7 @@ class Saver:
             seconds = time.monotonic() - begin
             self.longest = max(self.longest, seconds)
         if saved is not None:
-            self.log(f"saved {saved} pairs in {seconds:.2f} s")
+            self.log(f"saved {count(saved, 'pair')} in {seconds:.2f} s")
         return ""
 
 
@@ -1425,7 +1474,7 @@ def main() -> None:
         saver = Saver(store, snapshot, log, time.monotonic() - begin)
     with or_exit(doing):
         server.start(store)
-    log(f"{len(store)} pairs in {snapshot.path}, listening on {server.url}")
+    log(f"{count(len(store), 'pair')} in {snapshot.path!r}, listening on {server.url}")
     signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
 
     begin, received = save_until_stopped(saver, stop_signals)
@@ -1435,7 +1484,7 @@ def main() -> None:
         # The same signal again. Another one belongs to the first: systemd may send SIGHUP, too.
         return bool(signal.sigpending() & received)
 
-    log(f"draining: {server.in_flight} connections in flight, {server.idle} idle")
+    log(f"draining: {count(server.in_flight, 'connection')} in flight, {server.idle} idle")
     try:
         drain(server, saver, begin, arguments.graceful_timeout, hurry)
     except Exception as error:  # whatever it is, the last save is made
