@@ -11,29 +11,25 @@ otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 t
     DELETE /clear      remove every key           200, 503
     GET    /health     "ok"                       200             (HEAD: without the body)
 
-All pairs live in memory. A signal (SIGTERM, SIGINT and others, see STOP_SIGNALS) shuts the server
-down and writes them to a snapshot in the working directory, from which the next start reads them
-back. SIGUSR1 writes one while the server goes on, and --save-every does so by itself. This is what
-a shutdown does, with the graceful time-out of 15 s that --graceful-timeout can change:
+All pairs live in memory. A stop signal, such as SIGTERM or SIGINT, shuts the server down and writes
+them to a snapshot in the working directory. The next start reads them back. SIGUSR1 saves while the
+server goes on, and --save-every does so by itself. A shutdown has a time limit of 15 s, unless
+--graceful-timeout says otherwise:
 
-    0 s    The signal. The listen queue is served to its end and closed. Answers say
-           `Connection: close`. Idle connections have a quarter of a second for a request that is
-           on its way, and are closed. Requests in flight go on.
-    1 s    If a request is still in flight, what has been acknowledged so far is saved now, and
-           again each second.
-    12 s   Stalled clients are given up, sooner if saves are slow. From here on a write is answered
-           503, because the last snapshot is being written. If that fails, it is tried again.
-    15 s   The latest exit, because then supervisors, such as the test harness of lsfr.io, send
-           SIGKILL. Only a save that takes much longer than any before it can exceed this. Exit
-           code 0 means saved.
+    0 s    The backlog is served to its end. Answers say `Connection: close`. Idle connections are
+           closed after a quarter of a second. Requests in flight go on.
+    1 s    If a request is still in flight, what has been acknowledged is saved, again each second.
+    12 s   Stalled clients are given up, sooner if saves are slow. A write is answered 503 from here
+           on, because the last snapshot is being written. If that fails, it is tried again.
+    15 s   The latest exit, as supervisors such as the test harness of lsfr.io send SIGKILL then.
+           Only a save that takes much longer than any before it can exceed this.
 
-Normally nobody stalls, and all of it takes a third of a second. The same signal again ends the
-waiting, within a second or when the save that is running ends: one more save, and no second try.
-A crash, unlike a shutdown, loses what was written since the last snapshot: there is no write-ahead
-log here.
+Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved. The same
+signal again ends the waiting. A crash, unlike a shutdown, loses what was written since the last
+snapshot. There is no write-ahead log here.
 
 The file reads from the inside out, and each part uses those before it: snapshot, store, request
-syntax, log, one connection, the server, the process. Only the connection also knows its server.
+syntax, log, handler, server, process. Only the handler also knows its server.
 """
 
 from __future__ import annotations
@@ -44,7 +40,7 @@ import sys
 if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit("kv.py: needs Python 3.9 or later")
 if __name__ == "__main__":
-    # Ctrl-C while the other modules are being imported: no traceback.
+    # Ctrl-C while the other modules are being imported ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -75,7 +71,7 @@ from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import unquote
 
 __version__ = "1.0.0"
@@ -84,11 +80,10 @@ __version__ = "1.0.0"
 # ---- Snapshot: all pairs in a file ----
 #
 # The file is a pickle of the dict, followed by the SHA-256 digest of that pickle. A crash in the
-# middle of a save must not leave half a file, so each save writes a new file and gives it the name
-# of the old one when it is complete. And a load must not believe a file that something or somebody
-# has altered: a pickle is a program for a small stack machine, which can call any function.
+# middle of a save must not leave half a file. So each save writes a new file, and gives it the name
+# of the old one when it is complete. A load must not believe a file that something or somebody has
+# altered. A pickle is a program for a small stack machine, which can call any function.
 
-SNAPSHOT = "kv.pickle"
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -96,29 +91,19 @@ class SnapshotError(Exception):
     """The snapshot cannot be trusted; the text says why."""
 
 
-class HashingWriter:
-    """A file to write to that keeps the digest of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self._file.write(data)
-
-
 def write_pairs(path: str, pairs: dict[str, str]) -> None:
-    """Write a new file that is on the disk when this returns. OSError if that fails."""
+    """Write a new file, which is on the disk when this returns. Raises OSError if that fails."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # left behind by a save that was killed
-    with open(path, "xb") as file:
-        writer = HashingWriter(file)
-        pickler = pickle.Pickler(writer, protocol=4)  # check_opcodes knows this one
-        # That is, without a memo of objects seen, which would take a third of the store's size.
-        pickler.fast = True
+    with open(path, "x+b") as file:
+        pickler = pickle.Pickler(file, protocol=4)  # check_opcodes knows this protocol
+        pickler.fast = True  # without a memo of all strings, a third of the store's size
         pickler.dump(pairs)
-        file.write(writer.sha256.digest())
+        file.seek(0)
+        sha256 = hashlib.sha256()
+        for piece in iter(functools.partial(file.read, 1 << 16), b""):
+            sha256.update(piece)
+        file.write(sha256.digest())
         file.flush()
         os.fsync(file.fileno())
 
@@ -126,18 +111,18 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
 def read_pairs(path: str) -> dict[str, str]:
     """Return the pairs in a file.
 
-    Raises SnapshotError if it is not a dict of strings with its digest, OSError if it cannot be
-    read, FileNotFoundError if there is none, MemoryError if it does not fit into memory.
+    Raises SnapshotError if the file is not a dict of strings with its digest, OSError if it cannot
+    be read (FileNotFoundError if there is none), MemoryError if it does not fit into memory.
     """
-    # The file itself, not what a link leads to: a save would replace the link. And before it is
-    # opened: to open a named pipe is to wait for somebody who writes to it.
+    # Looked at before it is opened, as opening a named pipe waits for somebody who writes to it. A
+    # link is refused, because a save would replace the link and not what it leads to.
     if not stat.S_ISREG(os.stat(path, follow_symlinks=False).st_mode):
         raise SnapshotError("not a regular file")
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size <= DIGEST_SIZE:
             raise SnapshotError("too short")
-        # Mapped, not read, as the store need not fit into memory twice. And mapped privately, as
-        # some file systems in user space cannot share a map.
+        # Mapped, not read, so the store need not fit into memory twice. Mapped privately, because
+        # some file systems in user space refuse a shared map.
         data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     with data:
         with memoryview(data)[:-DIGEST_SIZE] as pickled:
@@ -146,47 +131,38 @@ def read_pairs(path: str) -> dict[str, str]:
             check_opcodes(pickled)
         try:
             pairs = StringsOnly(data).load()
+            for text in itertools.chain(pairs, pairs.values()):
+                text.encode()  # fails for a lone surrogate, which could never be answered
         except MemoryError:
             raise  # that is no fault of the file
         except Exception as error:  # the pickle module does not promise which
-            raise SnapshotError(f"not a valid pickle: {error}") from error
-    if not isinstance(pairs, dict):
-        raise SnapshotError("not a dict")
-    for text in itertools.chain(pairs, pairs.values()):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a lone surrogate: it could never be answered
-            raise SnapshotError("text that is not UTF-8") from None
-    return pairs
+            raise SnapshotError(f"not a dict of UTF-8 strings: {error}") from error
+    return cast("dict[str, str]", pairs)
 
 
 class StringsOnly(pickle.Unpickler):
-    """An unpickler that gives a pickle no function or class to call.
-
-    `check_opcodes` lets no pickle through that asks for one; this is in case it has a hole.
-    """
+    """An unpickler that gives a pickle no function to call, should check_opcodes have a hole."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"asks for {module}.{name}")
 
 
 # A pickle of a dict of strings begins with the number of the protocol, the size of the first frame
-# (8 bytes) unless it is tiny, and an empty dict.
+# in 8 bytes, unless it is tiny, and an empty dict.
 PICKLE_START = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL)
-# Then it has strings: this opcode, a size of one byte, and the text; or that one, and four bytes.
+# A string is one of these opcodes, its size in 1 or in 4 bytes, and its text.
 SHORT_STRING, STRING = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
-# Around each batch of pairs, it has these, so many bytes long: the beginning of the batch, its end,
-# its end if it is one pair, and the size of a further frame. And it ends with STOP.
+# Between strings, there are the begin of a batch of pairs, its end, the end of a single pair, and
+# the size of the next frame. These have fixed lengths in bytes, the opcode included.
 FIXED_LENGTHS = {pickle.MARK[0]: 1, pickle.SETITEMS[0]: 1, pickle.SETITEM[0]: 1, pickle.FRAME[0]: 9}
-STOP = pickle.STOP[0]
 
 
 def check_opcodes(pickled: memoryview) -> None:
-    """Raise SnapshotError unless a pickle makes do with a dict and strings.
+    """Raise SnapshotError unless a pickle has only the opcodes that write_pairs writes.
 
-    The checksum proves that the file is whole, not who made it, and without functions a pickle can
-    still crash the interpreter (a tuple nested a million deep as a key) or use up all memory (a
-    memo entry with a huge number). So only the opcodes pass that `write_pairs` writes.
+    The checksum proves that the file is whole, not who made it. Even without functions, a pickle
+    can crash the interpreter (a tuple nested a million deep as a key) or use up all memory (a memo
+    entry with a huge number).
     """
     start = PICKLE_START.match(pickled)
     if not start:
@@ -201,7 +177,7 @@ def check_opcodes(pickled: memoryview) -> None:
                 at += 5 + int.from_bytes(pickled[at + 1 : at + 5], "little")
             elif opcode in FIXED_LENGTHS:
                 at += FIXED_LENGTHS[opcode]
-            elif opcode == STOP and at == len(pickled) - 1:
+            elif opcode == pickle.STOP[0] and at == len(pickled) - 1:
                 return
             else:
                 raise SnapshotError(f"unexpected opcode {opcode:#04x} at byte {at}")
@@ -214,13 +190,13 @@ class Snapshot:
 
     def __init__(self, directory: str) -> None:
         self.directory = os.path.abspath(directory)
-        self.path = os.path.join(self.directory, SNAPSHOT)
+        self.path = os.path.join(self.directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
 
     def open(self) -> None:
-        """Create the directory if need be, lock it, and try all that a save needs.
+        """Create the directory if need be, lock it, and do once all that a save will do.
 
-        Raises OSError or SnapshotError: what would fail then is found out now.
+        Raises OSError or SnapshotError. What would make a save fail is better found out now.
         """
         with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
             os.makedirs(self.directory)
@@ -243,13 +219,14 @@ class Snapshot:
         Raises OSError (disk full, file too large, directory gone, ...). The old snapshot is then
         still in place, or, if only the last step failed, the whole new one.
         """
-        # Somebody may have put another directory into the place of the one that is locked.
+        # Somebody may have put another directory into the place of the one that we have locked.
         if not os.path.samestat(os.fstat(self._locked), os.stat(self.directory)):
             locked = self._locked
             self._lock()
             os.close(locked)
         try:
-            # First the content, then the name: a crash in between must not leave an empty file.
+            # The content reaches the disk before the name. Otherwise a power failure in between
+            # could leave an empty file of that name.
             write_pairs(self._temporary, pairs)
             os.replace(self._temporary, self.path)
             self._sync_directory()
@@ -259,9 +236,9 @@ class Snapshot:
             raise
 
     def _lock(self) -> None:
-        # The kernel gives the lock back however the process ends, so none is ever left behind.
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
+            # The kernel gives this lock back however the process ends, so none is left behind.
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(directory)
@@ -269,12 +246,12 @@ class Snapshot:
         self._locked = directory
 
     def _sync_directory(self) -> None:
-        """Have the disk keep the name of the snapshot, too."""
+        """Have the name of the snapshot reach the disk."""
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(directory)
         except OSError as error:
-            # Some file systems keep names without being asked: CIFS, shared folders.
+            # CIFS and shared folders of virtual machines keep names without being asked.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -289,14 +266,18 @@ class StoreClosed(Exception):
 
 
 class Store:
-    """A dict of strings that any number of threads may use at once, until it is closed."""
+    """A dict of strings that any number of threads may use at once, until it is closed.
+
+    Its lock makes each method one step for the others. A write either has the lock before `close`,
+    and is part of the save that follows, or has it afterwards, and is refused. There is no third
+    case, and so no acknowledged write that is not saved.
+    """
 
     def __init__(self, pairs: dict[str, str]) -> None:
         self._pairs = pairs
         self._lock = threading.Lock()
         self._closed = False
-        self._changes = 0
-        self._saved_changes = 0
+        self._changes = self._saved_changes = 0
 
     def __len__(self) -> int:
         with self._lock:
@@ -328,11 +309,7 @@ class Store:
         self._changes += 1
 
     def close(self) -> None:
-        """Refuse every write from now on: the save that follows is the last one.
-
-        A write either has the lock before this, and is part of that save, or has it after this,
-        and is refused. There is no third case, and so no acknowledged write that is not saved.
-        """
+        """Refuse every write from now on."""
         with self._lock:
             self._closed = True
 
@@ -345,9 +322,8 @@ class Store:
             changes = self._changes
             if changes == self._saved_changes:
                 return None
-            # A copy of the dict, not of its strings: some milliseconds, and then requests go on
-            # during the seconds that writing it may take. For the last save there may be no memory
-            # for a copy, and no need, as nothing changes any more.
+            # A copy of the dict, not of its strings, takes some milliseconds, and then requests go
+            # on while it is written. A closed store needs none, and there may be no memory for it.
             pairs = self._pairs if self._closed else self._pairs.copy()
         write(pairs)
         self._saved_changes = changes
@@ -360,8 +336,8 @@ class Store:
 # become the start of another client's request. So what the RFCs do not allow is refused, and
 # nothing is guessed or repaired.
 
-# The largest value, in bytes. Receiving one can take three times as much memory, and one that is
-# not all ASCII four times as much for good, as str has up to four bytes for each character.
+# The largest value, in bytes. Receiving it can take three times as much memory. If it is not all
+# ASCII, it takes up to four times as much for good, as str has up to four bytes for each character.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line, or a chunk's size with extensions, in bytes. RFC 9112 3 asks for room for 8,000.
 MAX_LINE = 8192
@@ -370,37 +346,34 @@ MAX_LINE = 8192
 MAX_HEADER = 32 * 1024
 MAX_FIELDS = 100
 
-TOKEN_CHARACTERS = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]"  # RFC 9110 5.6.2
-TOKEN = TOKEN_CHARACTERS + rb"+"
+TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next three
-HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
 # A run of plain characters is one step of the search. With (?:plain|encoded)* each would be one.
 PLAIN = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
 QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
-
+HOST = re.compile(
+    rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
+)
+# What a server on a loopback address is called: an IP address, a name that no name server is asked
+# for, or a name without a dot, such as nginx's name for its upstream.
+LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # GET /kv/a HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([^ ]+) HTTP/([0-9])\.([0-9])")
 # /kv/a?query
 ORIGIN_FORM = re.compile(rb"(/" + PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*)(?:\?" + QUERY + rb")?")
 # http://127.0.0.1:8080/kv/a, which a proxy may send. The host is not empty: no colon in front.
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(?!:)([^/?]+)(.*)")
-HOST_VALUE = re.compile(HOST)
-# What a server on a loopback address is called: an IP address, a name that is never asked of a name
-# server, or one without a dot, such as nginx's name for its upstream.
-LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # RFC 9112 5 and RFC 9110 5.5: no white space before the colon, no folding, no control characters.
 FIELD = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
-# RFC 9112 7.1.1: the size, then extensions, which are checked and ignored.
-QUOTED = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'  # RFC 9110 5.6.4
-EXTENSION = rb"[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + QUOTED + rb"))?"
-CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:" + EXTENSION + rb")*")
-KEY = re.compile(r"[A-Za-z0-9:_.-]+")
-
-# What these may look like while their end is still to come: a request line, a chunk's size, and
-# field lines. RFC 9112 2.2: no CR or LF without the other. A CR at the end may get its LF yet.
-UNFINISHED_REQUEST_LINE = re.compile(TOKEN_CHARACTERS + rb"*(?: (?:[/Hh*][!-~]*(?: [!-~]*)?)?)?\r?")
+# A chunk's size, then extensions, which we ignore: RFC 9112 7.1.1.
+CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+# What a head, or a line, can look like while its end is still to come. RFC 9112 2.2 allows no CR or
+# LF without the other. A CR at the end may still get its LF.
+UNFINISHED_HEAD = re.compile(
+    rb"(?:" + TOKEN + rb"(?: (?:[/Hh*][!-~]*(?: [!-~]*(?:\r\n[^\r\n]*)*)?)?)?)?\r?"
+)
 UNFINISHED_LINE = re.compile(rb"[^\r\n]*\r?")
-UNFINISHED_LINES = re.compile(rb"[^\r\n]*(?:\r\n[^\r\n]*)*\r?")
+KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
 
 class Refusal(Exception):
@@ -411,38 +384,8 @@ class Refusal(Exception):
         self.status, self.reason, self.field = status, reason, field
 
 
-class Fields(NamedTuple):
-    """What the header fields of a request mean for this server."""
-
-    host: bytes
-    length: int  # of the body, in bytes; 0 if it is chunked
-    chunked: bool
-    keep_alive: bool
-    expects_continue: bool
-
-
-def check_unfinished_head(head: bytes) -> None:
-    """Raise Refusal if a head of which the end is still to come cannot become one any more.
-
-    A client that speaks TLS, or another protocol, may wait for our answer before it sends more.
-    """
-    line, line_end, block = head.partition(b"\r\n")
-    if line_end:
-        parse_request_line(line)
-        if len(block) > MAX_HEADER + len(b"\r\n\r"):
-            raise Refusal(431, "header too large")
-        if not UNFINISHED_LINES.fullmatch(block):
-            raise Refusal(400, "bare CR or LF")
-    elif len(line) > MAX_LINE + len(b"\r"):
-        raise Refusal(414, "line too long")
-    elif not UNFINISHED_REQUEST_LINE.fullmatch(line):
-        raise Refusal(400, "malformed request line")
-
-
 def parse_request_line(line: bytes) -> tuple[str, bytes, str, bool]:
-    """Return the method, the host if it names one, the path as it was sent, and whether the client
-    speaks HTTP/1.1.
-    """
+    """Return the method, the target's host if it has one, its path, and whether it is HTTP/1.1."""
     if len(line) > MAX_LINE:
         raise Refusal(414, "line too long")
     match = REQUEST_LINE.fullmatch(line)
@@ -454,7 +397,7 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, str, bool]:
     host = b""
     if not target.startswith(b"/"):
         absolute = ABSOLUTE_FORM.fullmatch(target)
-        if not absolute or not HOST_VALUE.fullmatch(absolute[1]):
+        if not absolute or not HOST.fullmatch(absolute[1]):
             raise Refusal(400, "malformed request target")
         host = absolute[1]
         target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
@@ -463,6 +406,22 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, str, bool]:
         raise Refusal(400, "malformed request target")
     # A later minor version is HTTP/1.1 with additions that we may ignore: RFC 9110 2.5.
     return method.decode(), host, origin[1].decode(), minor != b"0"
+
+
+def check_unfinished_head(head: bytes) -> None:
+    """Raise Refusal if a head whose end is still to come cannot become a good one any more.
+
+    A client that speaks TLS, or another protocol, may wait for our answer before it sends more.
+    """
+    line, line_end, block = head.partition(b"\r\n")
+    if line_end:
+        parse_request_line(line)
+    if len(line) > MAX_LINE + len(b"\r"):
+        raise Refusal(414, "line too long")
+    if len(block) > MAX_HEADER + len(b"\r\n\r"):
+        raise Refusal(431, "header too large")
+    if not UNFINISHED_HEAD.fullmatch(head):
+        raise Refusal(400, "malformed request")
 
 
 def parse_field_lines(block: bytes) -> list[tuple[bytes, bytes]]:
@@ -479,9 +438,14 @@ def parse_field_lines(block: bytes) -> list[tuple[bytes, bytes]]:
     return fields
 
 
-def members(values: list[bytes]) -> set[bytes]:
-    """Return the members of a list, which may stand in several fields: RFC 9110 5.6.1."""
-    return {each.strip(b" \t") for each in b",".join(values).lower().split(b",")} - {b""}
+class Fields(NamedTuple):
+    """What the header fields of a request mean for this server."""
+
+    host: bytes
+    length: int  # of the body, in bytes; 0 if it is chunked
+    chunked: bool
+    keep_alive: bool
+    expects_continue: bool
 
 
 def parse_fields(block: bytes, http11: bool) -> Fields:
@@ -490,10 +454,15 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     for name, value in parse_field_lines(block):
         values[name].append(value)
 
+    def members(name: bytes) -> set[bytes]:
+        """RFC 9110 5.6.1: a list may stand in several fields, and have empty members."""
+        joined = b",".join(values[name]).lower()
+        return {each.strip(b" \t") for each in joined.split(b",")} - {b""}
+
     hosts = values[b"host"]  # RFC 9112 3.2
     if len(hosts) != 1 and (http11 or hosts):
         raise Refusal(400, "a request needs one Host field")
-    if hosts and not HOST_VALUE.fullmatch(hosts[0]):
+    if hosts and not HOST.fullmatch(hosts[0]):
         raise Refusal(400, "invalid Host")
 
     lengths, codings = values[b"content-length"], values[b"transfer-encoding"]  # RFC 9112 6.3
@@ -502,8 +471,8 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Refusal(501, "only the chunked transfer coding")
     digits = lengths[0] if lengths else b"0"
-    # Two lengths: the proxy in front may have gone by the other. And not int() alone, which also
-    # takes "+1", "1_0" and " 1 ".
+    # With two different lengths, a proxy in front may have gone by the other one. And int() alone
+    # also takes "+1", "1_0" and " 1 ".
     if any(length != digits for length in lengths) or not digits.isdigit():
         raise Refusal(400, "invalid Content-Length")
     # int() would refuse 5,000 digits in its own way, and 16 are too large already.
@@ -511,10 +480,9 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     if length > MAX_VALUE:
         raise Refusal(413, "value too large")
 
-    connection = members(values[b"connection"])  # RFC 9112 9.3
+    connection = members(b"connection")  # RFC 9112 9.3
     keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
-
-    expectations = members(values[b"expect"])  # RFC 9110 10.1.1
+    expectations = members(b"expect")  # RFC 9110 10.1.1
     if expectations - {b"100-continue"}:
         raise Refusal(417, "only Expect: 100-continue")
     host = hosts[0] if hosts else b""
@@ -535,7 +503,7 @@ def answer_head(status: int, second: int) -> bytes:
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Date: {formatdate(second, usegmt=True)}\r\n"
         "Content-Type: text/plain; charset=utf-8\r\n"
-        # Or a web page could run a value as a script, and so read it.
+        # Without this, a web page could run a value as a script, and so read it.
         "X-Content-Type-Options: nosniff\r\n"
     ).encode()
 
@@ -547,19 +515,18 @@ class Log:
     """Lines on stderr, written by a thread of its own.
 
     A pipe that nobody reads, or a paused terminal, blocks who writes to it. So nobody else does,
-    and the shutdown does not wait for it.
+    and a shutdown does not wait for it.
     """
 
     def __init__(self) -> None:
-        # More than these are waiting only if nobody reads. Then further ones are dropped.
+        # As many lines wait only if nobody reads them. Further ones are dropped then.
         self._lines: queue.Queue[bytes | None] = queue.Queue(1000)
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def __call__(self, message: str) -> None:
         with contextlib.suppress(queue.Full):
-            line = f"kv.py: {message}\n".encode(errors="backslashreplace")
-            self._lines.put_nowait(line)
+            self._lines.put_nowait(f"kv.py: {message}\n".encode(errors="backslashreplace"))
 
     def error(self, error: Exception) -> None:
         """Report a mistake in this program, or a lack of memory; the other clients are served."""
@@ -575,37 +542,13 @@ class Log:
 
     def _write(self) -> None:
         while line := self._lines.get():
-            # Not by way of sys.stderr, whose lock the interpreter wants at its exit. And if stderr
-            # was closed at the start, 2 may be the number of another file.
-            if sys.stderr is not None:
+            if sys.stderr is not None:  # it was closed at the start, 2 may be another file by now
                 with contextlib.suppress(OSError):
                     os.write(2, line)
 
 
 # ---- Handler: the requests of one connection, while they keep coming ----
 
-# How many seconds a worker waits for the next request before it gives the connection back. A busy
-# client sends it within that time, and so costs no hand-over between threads. If it is longer, more
-# workers wait for nothing.
-PAUSE_SECONDS = 0.1
-# The same in a drain, for clients that do not know of it yet. The exit waits for this.
-DRAIN_SECONDS = 0.25
-# How many seconds the whole head of a request may take, which is one packet normally; or the next
-# piece of a body; or the next piece of an answer to leave. Whoever needs longer is gone, or wants
-# to hold the worker.
-STALL_SECONDS = 15.0
-# An upload that is slower on average is cut off, and so is an answer.
-BYTES_PER_SECOND = 1024
-# How many seconds a client may go on sending when it has its last answer.
-LINGER_SECONDS = 5.0
-# Enough for any request but an upload.
-RECEIVE_SIZE = 8192
-# For uploads, which take fewer system calls in larger pieces.
-RECEIVE_BODY_SIZE = 64 * 1024
-
-# No request has begun yet: some clients send an empty line behind a body, and RFC 9112 2.2 has us
-# ignore one in front of a request.
-NO_REQUEST = (b"", b"\r", b"\r\n")
 # Which method of Handler serves what. Behind "/kv/" comes the key. HEAD is served like GET, as
 # `_answer` leaves the body out.
 ROUTES = {
@@ -613,6 +556,22 @@ ROUTES = {
     "/health": {"GET": "do_health", "HEAD": "do_health"},
     "/clear": {"DELETE": "do_clear"},
 }
+# No request has begun yet. Some clients send an empty line behind a body, and RFC 9112 2.2 has us
+# ignore one in front of a request.
+NO_REQUEST = (b"", b"\r", b"\r\n")
+# How many seconds a worker waits for the next request before it gives the connection back. A busy
+# client sends it within that time, which saves a hand-over between threads. If it were longer, more
+# workers would wait for nothing.
+PAUSE_SECONDS = 0.1
+# How many seconds a head may take, or the next piece of a body, or the next piece of an answer that
+# is read. Who needs longer is gone, or wants to hold the worker.
+STALL_SECONDS = 15.0
+# An upload that is slower on average is cut off, and so is an answer.
+BYTES_PER_SECOND = 1024
+# How many seconds a client may go on sending when it has its last answer.
+LINGER_SECONDS = 5.0
+# Enough for any request but an upload, for which larger pieces take fewer system calls.
+RECEIVE_SIZE, RECEIVE_BODY_SIZE = 8 * 1024, 64 * 1024
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -630,17 +589,16 @@ class Handler(BaseHTTPRequestHandler):
         """`buffer` has what has already been received of the next request."""
         self.connection, self.buffer, self.server = connection, buffer, server
         self.close_connection = False
-        self._receive_seconds = 0.0  # no limit set yet, see _receive
-        # Nagle's algorithm would hold an answer back until the one before it is acknowledged, and
-        # the client's kernel delays its acknowledgement by 40 ms.
+        self._receive_seconds = 0.0  # no time limit set yet, see _receive
+        # Nagle's algorithm would hold back an answer until the one before it is acknowledged, which
+        # the client's kernel delays by 40 ms.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(STALL_SECONDS))
 
     def handle(self) -> None:
         """Serve requests until none comes for a moment, or another connection needs the worker.
 
-        Afterwards `close_connection` says whether the connection is at its end, and `buffer` has
-        what has been received of the next request.
+        Afterwards `close_connection` says whether the connection is at its end.
         """
         try:
             while self._wait_for_request():
@@ -648,8 +606,7 @@ class Handler(BaseHTTPRequestHandler):
                 if self.close_connection or self.server.is_anybody_waiting():
                     break
         except OSError:
-            # The client has hung up, or stalled for too long: nobody is left to be told.
-            self.close_connection = True
+            self.close_connection = True  # the client is gone: nobody is left to be told
         except MemoryError as error:
             self.server.log.error(error)
             self.close_connection = True
@@ -661,14 +618,11 @@ class Handler(BaseHTTPRequestHandler):
         """Wait for the first bytes of a request; return whether there are any."""
         while self.buffer in NO_REQUEST:
             draining = self.server.draining
-            if draining:
-                seconds = DRAIN_SECONDS
-            else:
-                seconds = 0.0 if self.server.is_anybody_waiting() else PAUSE_SECONDS
+            is_urgent = self.server.is_anybody_waiting() and not draining
             try:
-                received = self._receive(RECEIVE_SIZE, seconds)
+                received = self._receive(RECEIVE_SIZE, 0.0 if is_urgent else PAUSE_SECONDS)
             except BlockingIOError:
-                # A drain lets nobody park, see Server.park. So this was the last look.
+                # In a drain, Server._park refuses the connection. So this was the last look.
                 self.close_connection = draining
                 return False
             if not received:
@@ -678,13 +632,14 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def handle_one_request(self) -> None:
-        self.close_connection = self._may_send_more = True  # until the end of the request is found
-        # Forget the last request: a head that cannot be read would be answered and logged as that.
+        # Until the end of the request is found, the next one cannot be told from the rest of it.
+        self.close_connection = self._may_send_more = True
+        # Forget the last request, or a head that cannot be read is answered and logged as that.
         self.command, self._line = "", b""
         try:
             self._read_head()
-            # Even a refused request has a body, behind which the next one starts. But a client that
-            # asks first is refused before the body, which it then may send or not.
+            # A refused request, too, has a body, behind which the next one starts. But a client
+            # that expects 100 is refused before it sends its body.
             if not self._fields.expects_continue:
                 self._read_body()
             serve = self._route()
@@ -700,9 +655,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> Callable[[], None]:
         """Return the method that serves the request; set `key` if the path has one."""
-        # A web page can have its own name lead to 127.0.0.1, and a browser then takes us for the
-        # page's server: DNS rebinding. So other names are not served there. RFC 9110 15.5.20.
-        if self.server.is_local and not LOCAL_HOST.fullmatch(self._host):
+        # DNS rebinding: a web page has its own name lead to 127.0.0.1, and the browser takes us for
+        # the page's server. So a server there refuses other names. RFC 9110 15.5.20.
+        host = self._target_host or self._fields.host  # RFC 9112 3.2.2
+        if self.server.is_local and not LOCAL_HOST.fullmatch(host):
             raise Refusal(421, "misdirected request")
         has_key = self.path.startswith("/kv/")
         methods = ROUTES.get("/kv/" if has_key else self.path)
@@ -746,16 +702,20 @@ class Handler(BaseHTTPRequestHandler):
     def do_health(self) -> None:
         self._answer(200, b"ok\n")
 
+    # -- Sending --
+
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
-        if not self.server.may_stay() and self.buffer in NO_REQUEST:
+        # A client that reads this sends no more. If an idle connection were closed instead, its
+        # next request could be on its way. A request that has begun is in flight, and served.
+        if (self.server.full or self.server.draining) and self.buffer in NO_REQUEST:
             self.close_connection = True
         if self.close_connection:
             field += b"Connection: close\r\n"
         elif not self._http11:
             field += b"Connection: keep-alive\r\n"
         if self.server.verbose:
-            # As a representation, because a client can put anything into it; and not of any length.
+            # Quoted, because a client can put control characters into it, and not of any length.
             address, line = self.connection.getpeername()[0], repr(self._line)[1:]
             self.server.log(f"{address} {line:.1000} {status} {len(body)}")
         head = answer_head(status, int(time.time()))
@@ -763,23 +723,36 @@ class Handler(BaseHTTPRequestHandler):
         self._send(b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body))
 
     def _send(self, data: bytes) -> None:
-        """Send all of it, unless the client reads too slowly. TimeoutError if it does."""
-        sent = self.connection.send(data)  # normally all: so much fits into the socket's buffer
+        """Send all of it. Raises OSError if the client stalls, or reads too slowly on average."""
+        sent = self.connection.send(data)  # normally all: so much fits into the kernel's buffer
         deadline = time.monotonic() + STALL_SECONDS
         while sent < len(data):
             if time.monotonic() > deadline:
-                raise TimeoutError("an answer is read too slowly")
+                raise TimeoutError
             more = self.connection.send(memoryview(data)[sent:])
             sent += more
             deadline += more / BYTES_PER_SECOND
 
+    def _linger(self) -> None:
+        """Let a client that may still be sending read its answer before the connection is closed.
+
+        RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
+        this is a half-close, and what still comes is thrown away until the client closes, too.
+        """
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_SECONDS
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                # Little at a time, as a server without memory must be able to do this, too.
+                if not self._receive(1024, PAUSE_SECONDS):
+                    break
+            if self.server.draining or time.monotonic() > deadline:
+                break
+
     # -- Receiving: to wait for a client, but never for good --
 
     def _read_head(self) -> None:
-        """Take a request's head out of the input: sets command, path, and what the fields mean.
-
-        Raises Refusal for what breaks the rules of HTTP.
-        """
+        """Take a request's head out of the input: sets command, path, and what the fields mean."""
         self._deadline = time.monotonic() + STALL_SECONDS
         self.buffer = self.buffer.removeprefix(b"\r\n")
         while b"\r\n\r\n" not in self.buffer:
@@ -788,16 +761,12 @@ class Handler(BaseHTTPRequestHandler):
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         self._line, _, block = head.partition(b"\r\n")
         # The method first: if the fields of a HEAD are refused, that answer has no body either.
-        self.command, host, self.path, self._http11 = parse_request_line(self._line)
+        self.command, self._target_host, self.path, self._http11 = parse_request_line(self._line)
         parse = remembered_fields if len(block) <= MAX_REMEMBERED else parse_fields
         self._fields = parse(block, self._http11)
-        self._host = host or self._fields.host  # RFC 9112 3.2.2: the field does not count then
 
     def _read_body(self) -> None:
-        """Take the request's body out of the input.
-
-        This is the one place that says where a request ends: RFC 9112 6.3.
-        """
+        """Take the request's body out of the input: RFC 9112 6.3. Here a request ends."""
         fields = self._fields
         self._body: bytes | bytearray = b""
         if fields.length or fields.chunked:
@@ -806,7 +775,7 @@ class Handler(BaseHTTPRequestHandler):
             self._deadline = time.monotonic() + STALL_SECONDS
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
-        # Its next request, or an empty line behind the body, which some clients send.
+        # That is its next request, or an empty line behind the body.
         self._may_send_more = fields.keep_alive or bool(self._body)
 
     def _read_chunks(self) -> bytearray:
@@ -824,23 +793,21 @@ class Handler(BaseHTTPRequestHandler):
             body += self._read(size)
             if self._read(2) != b"\r\n":
                 raise Refusal(400, "malformed chunk")
-        trailer = b""
+        trailer: list[bytes] = []
         while line := self._read_line():
-            trailer += line + b"\r\n"
-            parse_field_lines(trailer.removesuffix(b"\r\n"))  # each time: there may be no end
+            trailer.append(line)
+            parse_field_lines(b"\r\n".join(trailer))  # each time, as they may never end
         return body
 
     def _read_line(self) -> bytes:
         """Take a line out of the input; return it without its end."""
-        while b"\r\n" not in self.buffer:
-            if len(self.buffer) > MAX_LINE + len(b"\r"):
+        while (end := self.buffer.find(b"\r\n", 0, MAX_LINE + len(b"\r\n"))) < 0:
+            if len(self.buffer) >= MAX_LINE + len(b"\r\n"):
                 raise Refusal(431, "line too long")
             if not UNFINISHED_LINE.fullmatch(self.buffer):
                 raise Refusal(400, "bare CR or LF")
             self.buffer += self._receive_in_time(RECEIVE_SIZE)
-        line, _, self.buffer = self.buffer.partition(b"\r\n")
-        if len(line) > MAX_LINE:
-            raise Refusal(431, "line too long")
+        line, self.buffer = self.buffer[:end], self.buffer[end + len(b"\r\n") :]
         return line
 
     def _read(self, size: int) -> bytearray:
@@ -878,22 +845,6 @@ class Handler(BaseHTTPRequestHandler):
             self._receive_seconds = seconds
         return self.connection.recv(size)
 
-    def _linger(self) -> None:
-        """Let a client that may still be sending read its answer before the connection is closed.
-
-        RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
-        this is a half-close, and what still comes is thrown away until the client closes, too.
-        """
-        self.connection.shutdown(socket.SHUT_WR)
-        begin = time.monotonic()
-        while time.monotonic() - begin < (
-            DRAIN_SECONDS if self.server.draining else LINGER_SECONDS
-        ):
-            with contextlib.suppress(BlockingIOError):
-                # Little at a time: a server without memory must be able to do this, too.
-                if not self._receive(1024, PAUSE_SECONDS):
-                    break
-
 
 def timeval(seconds: float) -> bytes:
     """Seconds as the C structure that socket options take; at least 1 us, as 0 means no limit."""
@@ -902,27 +853,29 @@ def timeval(seconds: float) -> bytes:
 
 # ---- Server: the thread that accepts, and the workers ----
 #
-# A connection is accepted; in hand, while a worker serves it; parked, while it is idle; and closed.
-# A parked connection costs no thread, and about 2 KiB.
+# A connection is accepted; in hand, while it waits for a worker or has one; parked, while it is
+# idle; and closed. A parked connection costs no thread, and about 2 KiB.
 
-# How often the acceptor looks whether it shall end, and whether a connection has been parked for
-# too long, in seconds. A shutdown starts this late at most. Shorter, an idle server wakes up more.
+# How often the acceptor looks whether it shall end or a connection was parked for too long, in
+# seconds. A shutdown starts this late at most. If it were shorter, an idle server would wake more.
 POLL_SECONDS = 0.1
+# How many seconds a parked connection has in a drain. The exit waits for this.
+DRAIN_SECONDS = 0.25
 # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
-# most load balancers) or 90 s (Go). If we were first, we could close one under a request.
+# most load balancers) or 90 s (Go). If we were first, it could happen under a request.
 IDLE_SECONDS = 120.0
-# The same while others wait for a descriptor. The request of a new connection, if it was lost in a
-# burst, comes again after 0.2 s, 0.4 s, ... or 6.4 s: retransmission.
+# The same while others wait for a descriptor. The first request of a connection may have been lost
+# in a burst, and its retransmission comes after up to 6.4 s.
 SILENT_SECONDS = 10.0
-# Each client that stalls holds a worker for up to 15 s. Fewer workers could all be held, and more
+# Each client that stalls holds a worker, for up to 15 s. Fewer workers could all be held, and more
 # would take more memory, 25 KB each.
 MAX_WORKERS = 2000
-# Descriptors that clients cannot have: a save needs one at a time, and the interpreter may, too.
+# How many seconds a worker without work stays. To start one takes 100 us.
+SPARE_SECONDS = 5.0
+# Descriptors that clients cannot have. A save needs one at a time, and the interpreter may, too.
 RESERVED_DESCRIPTORS = 8
 # How many clients are accepted before those that are parked have their turn again.
 ACCEPT_AT_ONCE = 100
-# How many seconds a worker without work stays. To start one takes 100 us.
-SPARE_SECONDS = 5.0
 
 
 class Server(ThreadingHTTPServer):
@@ -930,15 +883,14 @@ class Server(ThreadingHTTPServer):
 
     `start` begins, `drain` ends it, `join` waits for what is in flight. There are these threads:
 
-    - The acceptor runs `serve_forever`. It alone accepts, takes parked connections out of the
-      selector, and closes connections that are idle, after a last look that nothing has arrived.
+    - The acceptor runs `serve_forever`. It alone accepts connections, takes parked ones out of the
+      selector, and closes idle ones, after a last look that nothing has arrived.
     - A worker runs `_work`. It takes a connection from `_jobs`, serves it, and parks or closes it.
-      Parking is the last thing that it does with a connection. The selector (epoll, kqueue) lets it
-      register one while the acceptor waits there. With poll or select, it would be seen at the end
-      of that wait, after POLL_SECONDS.
+      Parking is the last thing that it does with a connection. Epoll and kqueue notice at once
+      what a worker registers while the acceptor waits, other selectors after POLL_SECONDS.
 
-    `_lock` guards what both change: `_parked` with the selector, `draining`, `full`, and the count
-    `_in_hand`, by which the acceptor knows whether a worker is free.
+    `_lock` guards what both change: `parked` with the selector, `in_hand`, and the three flags
+    `draining`, `full` and `_listening`.
     """
 
     # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
@@ -953,39 +905,26 @@ class Server(ThreadingHTTPServer):
         self.log, self.verbose = log, verbose
         self.accepting = True
         self.draining = False  # each connection is closed as soon as it is idle
-        self.full = False  # clients are waiting, and there was no descriptor for one of them
-        self._listening = False  # the selector has the listener
-        self._last_number = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
+        self.full = False  # clients wait in the backlog, as there was no descriptor for one of them
+        self.in_hand = 0  # how many connections are in `_jobs` or with a worker
+        # Since when each connection is parked (monotonic clock), the longest first, and what of an
+        # empty line it has sent.
+        self.parked: dict[socket.socket, tuple[float, bytes]] = {}
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
-        # Since when each is parked (monotonic clock), and what of an empty line has come; the one
-        # that has been there for longest is the first.
-        self._parked: dict[socket.socket, tuple[float, bytes]] = {}
+        self._listening = False  # the selector has the listener
         self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
-        self._in_hand = 0  # connections in `_jobs` or with a worker
         self._workers: set[threading.Thread] = set()
-        self.server_bind()
+        self._last_number = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
+        # Not the server_bind of HTTPServer, which asks the name service for the name of this host.
+        socketserver.TCPServer.server_bind(self)
         # A loopback address: only processes on this machine can reach it, browsers among them.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
-
-    def server_bind(self) -> None:
-        # Not the one of HTTPServer: it asks the name service for the name of this host.
-        socketserver.TCPServer.server_bind(self)
 
     @property
     def url(self) -> str:
         host, port = map(str, self.server_address[:2])
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    @property
-    def in_flight(self) -> int:
-        """The number of connections in hand."""
-        return self._in_hand
-
-    @property
-    def idle(self) -> int:
-        """The number of parked connections."""
-        return len(self._parked)
 
     def start(self, store: Store) -> None:
         """Listen, and accept connections in a thread of its own."""
@@ -998,10 +937,7 @@ class Server(ThreadingHTTPServer):
         self._acceptor.start()
 
     def drain(self) -> None:
-        """Tell the acceptor to stop accepting and to drain, see serve_forever.
-
-        What is in flight goes on.
-        """
+        """Tell the acceptor to end, see serve_forever. What is in flight goes on."""
         self.accepting = False
 
     def join(self, until: float) -> bool:
@@ -1016,14 +952,6 @@ class Server(ThreadingHTTPServer):
                     worker.join(max(0.0, until - time.monotonic()))
         return not (self._acceptor.is_alive() or self._workers)
 
-    def may_stay(self) -> bool:
-        """Whether a connection that has been answered may wait here for its next request.
-
-        If not, the answer says so, which is the one way to close a connection that no client can
-        misunderstand: at the end of an idle one, a request may be on its way.
-        """
-        return not (self.full or self.draining)
-
     # -- The acceptor --
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
@@ -1031,20 +959,20 @@ class Server(ThreadingHTTPServer):
         try:
             while self.accepting:
                 self._serve_once(poll_interval)
-            # Those in the backlog stay there, but further clients get in one at a time at most, or
-            # a busy server would never see its end.
+            # Those in the backlog stay there, but further clients get in one at a time at most.
+            # Otherwise a busy server would never see its end.
             self.socket.listen(0)
             while not self._accept():
                 self._serve_once(poll_interval / 10)
-            # The listener first: who is told to leave, as in a drain, comes back at once.
+            # The listener is closed before any client is told to leave, as that one comes back.
             self._pause()
-            with self._lock:  # see _park
+            with self._lock:
                 self.server_close()
                 self.draining = True
             end = time.monotonic() + DRAIN_SECONDS
-            while self._parked and time.monotonic() < end:
+            while self.parked and time.monotonic() < end:
                 self._serve_once(poll_interval / 10)
-            for connection in list(self._parked):
+            for connection in list(self.parked):
                 self._drop(connection)
         except Exception as error:
             self.log.error(error)
@@ -1054,24 +982,22 @@ class Server(ThreadingHTTPServer):
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most, and see to those who have come."""
         try:
-            events = self._selector.select(seconds)
-            for key, _ in events:
+            for key, _ in self._selector.select(seconds):
                 if key.fileobj is self.socket:
                     self._accept()
                 else:
-                    self._resume(cast(socket.socket, key.fileobj))
+                    connection = cast(socket.socket, key.fileobj)
+                    self._hand_over(connection, self._take(connection))
             self._drop_silent()
-            if not (self._in_hand or self._parked):
-                self._listen()  # none is left that could make room
+            if not (self.in_hand or self.parked):
+                self._listen()  # no connection is left that could make room
         except Exception as error:  # no memory, for instance
             self.log.error(error)
             time.sleep(POLL_SECONDS)
 
     def _accept(self) -> bool:
         """Accept clients from the backlog; return whether none is left there."""
-        if not self._listening:
-            return False
-        for _ in range(ACCEPT_AT_ONCE):
+        for _ in range(ACCEPT_AT_ONCE if self._listening else 0):
             try:
                 connection, _ = self.socket.accept()
             except BlockingIOError:
@@ -1081,14 +1007,14 @@ class Server(ThreadingHTTPServer):
                 continue  # this client has given up
             except OSError:
                 self._pause()  # out of descriptors, and the listener stays readable
-                return False
-            # On BSD and macOS, a connection is like its listener.
+                break
+            # On BSD and macOS, a connection is non-blocking like its listener.
             os.set_blocking(connection.fileno(), True)
             self._hand_over(connection, b"")
-            # The system gives the lowest number that is free. So all below this one are taken.
+            # The system gives the lowest number that is free, so all below this one are taken.
             if connection.fileno() >= self._last_number:
                 self._pause()
-                return False
+                break
         return False
 
     def _listen(self) -> None:
@@ -1099,7 +1025,7 @@ class Server(ThreadingHTTPServer):
                 self._listening = True
 
     def _pause(self) -> None:
-        """Have the selector leave the listener alone, until a connection has been closed."""
+        """Leave the backlog alone until a connection has been closed."""
         with self._lock:
             self.full = True
             if self._listening:
@@ -1109,26 +1035,22 @@ class Server(ThreadingHTTPServer):
     def _hand_over(self, connection: socket.socket, received: bytes) -> None:
         """Give a connection to the worker that is free, or to the next that is."""
         with self._lock:
-            self._in_hand += 1
+            self.in_hand += 1
         self._jobs.put((connection, received))
 
-    def _resume(self, connection: socket.socket) -> None:
-        """Give a parked connection to a worker, as something has arrived, if only its end."""
-        self._hand_over(connection, self._take(connection))
-
     def _take(self, connection: socket.socket) -> bytes:
-        """Take a connection out of the parked ones; return what has been received."""
+        """Take a connection out of the parked ones; return what it has sent."""
         with self._lock:
-            # Before it can be closed: its number may be that of the next descriptor.
+            # Unregistered before it can be closed, as the next descriptor may get its number.
             self._selector.unregister(connection)
-            _, received = self._parked.pop(connection)
+            _, received = self.parked.pop(connection)
         return received
 
     def _drop_silent(self) -> None:
         """Close what has been parked for too long."""
         while True:
             with self._lock:
-                connection, (since, _) = next(iter(self._parked.items()), (None, (0.0, b"")))
+                connection, (since, _) = next(iter(self.parked.items()), (None, (0.0, b"")))
             limit = IDLE_SECONDS
             if self.full:
                 limit = SILENT_SECONDS if self.accepting else DRAIN_SECONDS
@@ -1141,7 +1063,7 @@ class Server(ThreadingHTTPServer):
         received = self._take(connection)
         try:
             connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:  # nothing, or the client has reset it
+        except OSError:  # nothing has, or the client has reset it
             self._close(connection)
         else:
             self._hand_over(connection, received)
@@ -1156,7 +1078,7 @@ class Server(ThreadingHTTPServer):
     def _have_one_free(self) -> None:
         """Start a worker if none is free. RuntimeError if the system allows no more threads."""
         with self._lock:
-            if self._in_hand < len(self._workers) or len(self._workers) >= MAX_WORKERS:
+            if self.in_hand < len(self._workers) or len(self._workers) >= MAX_WORKERS:
                 return
             worker = threading.Thread(target=self._work, daemon=True)
             self._workers.add(worker)
@@ -1166,23 +1088,27 @@ class Server(ThreadingHTTPServer):
             self._workers.remove(worker)
             raise
 
+    def is_anybody_waiting(self) -> bool:
+        """Whether a connection waits for a worker, and none is free."""
+        return self.in_hand > len(self._workers)
+
     def _work(self) -> None:
         while True:
             try:
                 job = self._jobs.get(timeout=SPARE_SECONDS)
             except queue.Empty:
                 with self._lock:
-                    if len(self._workers) > self._in_hand + 1:
+                    if len(self._workers) > self.in_hand + 1:
                         break
-            else:
-                if not job:
-                    self._jobs.put(None)
-                    break
-                # Who takes a job sees to it that another worker is free. The acceptor would fall
-                # behind: to start a thread is to wait until it has had the interpreter lock.
-                with contextlib.suppress(RuntimeError, MemoryError):
-                    self._have_one_free()
-                self._serve(*job)
+                continue
+            if not job:
+                self._jobs.put(None)
+                break
+            # Who takes a job sees to it that another worker is free. The acceptor would fall
+            # behind, as to start a thread is to wait until it has had the interpreter lock.
+            with contextlib.suppress(RuntimeError, MemoryError):
+                self._have_one_free()
+            self._serve(*job)
         self._workers.remove(threading.current_thread())
 
     def _serve(self, connection: socket.socket, received: bytes) -> None:
@@ -1198,59 +1124,51 @@ class Server(ThreadingHTTPServer):
             self.log.error(error)
         self._close(connection)
         with self._lock:
-            self._in_hand -= 1
+            self.in_hand -= 1
 
     def _park(self, connection: socket.socket, received: bytes) -> bool:
-        """Give back a connection: idle, or at the end of the queue if it has a further request.
+        """Give back a connection: idle, or to the end of the queue if its next request has begun.
 
-        Returns False in a drain. The test has the lock that `drain` takes: a connection is parked
-        before the drain, which then closes it, or not at all.
+        Returns False in a drain. `draining` is set under the same lock. So a connection is parked
+        before that, and the drain closes it, or it is not parked.
         """
         with self._lock:
             if self.draining:
                 return False
             if received not in NO_REQUEST:
-                self._jobs.put((connection, received))
+                self._jobs.put((connection, received))  # the selector would never hear of it
                 return True
-            self._parked[connection] = time.monotonic(), received
+            self.parked[connection] = time.monotonic(), received
             try:
                 self._selector.register(connection, selectors.EVENT_READ)
             except BaseException:
-                del self._parked[connection]
+                del self.parked[connection]
                 raise
-            self._in_hand -= 1
+            self.in_hand -= 1
             return True
-
-    def is_anybody_waiting(self) -> bool:
-        """Whether a connection waits for a worker, and none is free."""
-        return self._in_hand > len(self._workers)
 
 
 # ---- Process: arguments, signals, when to save, and the order of a shutdown ----
 
-# Each of these means that the process is about to end: by an operator, a supervisor or a terminal
-# that is closed; by Ctrl-\, a limit of CPU time, or a power supply that fails.
-STOP_SIGNALS = {
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGPWR")
-    if hasattr(signal, name)  # macOS has no SIGPWR
-}
+# The process is about to end: by an operator or a supervisor, Ctrl-C, a terminal that is closed,
+# Ctrl-\, a limit of CPU time, a power supply that fails. macOS has no SIGPWR.
+STOP_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGPWR")
+STOP_SIGNALS = {signal.Signals[name] for name in STOP_NAMES if hasattr(signal, name)}
 SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}  # by an operator, and by the timer of --save-every
+# Memory for the last save's buffers, in bytes, as clients may leave none. 1 MiB was not enough.
+RESERVED_MEMORY = 8 * 1024 * 1024
 # How many seconds the exit waits for the log. If nobody reads it, the last lines are lost.
 LOG_SECONDS = 0.5
-# Memory that is given back for the last save, in bytes. To write a snapshot takes some buffers,
-# for which clients may have left nothing. 1 MiB was not enough.
-RESERVED_MEMORY = 8 * 1024 * 1024
-
-
-def count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 @contextlib.contextmanager
@@ -1278,46 +1196,26 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def directory_name(text: str) -> str:
-    """The type of an argument."""
-    if not text:  # an unset variable of a script, not the current directory
-        raise argparse.ArgumentTypeError("empty")
-    return text
-
-
 def parse_arguments() -> argparse.Namespace:
     summary = (__doc__ or "").split("\n", 1)[0]
     parser = ArgumentParser(prog="kv.py", description=summary, allow_abbrev=False)
-    add = parser.add_argument
-    port, seconds = whole_number(0, 65535), whole_number(0, 1_000_000)
-    add("--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen (%(default)s)")
-    add("--port", metavar="N", type=port, default=8080, help="0 is any free (%(default)s)")
-    add(
-        "--working-dir",
-        metavar="DIR",
-        type=directory_name,
-        default=os.environ.get("DATA_DIR") or ".",
-        help="where the snapshot is; without it, where the environment variable DATA_DIR says, or"
-        " else the current directory",
-    )
-    add(
-        "--graceful-timeout",
-        metavar="SECONDS",
-        type=whole_number(1, 1_000_000),
-        default=15,
-        help="from a signal to the exit, the last save included (%(default)s)",
-    )
-    add(
-        "--save-every",
-        metavar="SECONDS",
-        type=seconds,
-        default=0,
-        help="save by itself, too, if anything has changed; 0 is never (%(default)s)",
-    )
-    add("--dump", action="store_true", help="print the snapshot as JSON Lines and exit")
-    add("--verbose", action="store_true", help="log every request")
-    add("--version", action="version", version=f"kv.py {__version__}")
-    return parser.parse_args()
+    directory = os.environ.get("DATA_DIR") or "."
+    for name, what, kind, default, text in (
+        ("--host", "ADDRESS", str, "127.0.0.1", "where to listen"),
+        ("--port", "N", whole_number(0, 65_535), 8080, "0 is any that is free"),
+        ("--working-dir", "DIR", str, directory, "for the snapshot; $DATA_DIR or . if not given"),
+        ("--graceful-timeout", "SECONDS", whole_number(1, 10**6), 15, "from a signal to the exit"),
+        ("--save-every", "SECONDS", whole_number(0, 10**6), 0, "save by itself, too; 0 is never"),
+    ):
+        text = f"{text} (default: %(default)s)"
+        parser.add_argument(name, metavar=what, type=kind, default=default, help=text)
+    parser.add_argument("--dump", action="store_true", help="print the snapshot as JSON Lines")
+    parser.add_argument("--verbose", action="store_true", help="log every request")
+    parser.add_argument("--version", action="version", version=f"kv.py {__version__}")
+    arguments = parser.parse_args()
+    if not arguments.working_dir:  # an unset variable of a script, not the current directory
+        parser.error("argument --working-dir: empty")
+    return arguments
 
 
 def raise_descriptor_limit() -> None:
@@ -1332,9 +1230,9 @@ def raise_descriptor_limit() -> None:
 def stay_on_one_core() -> None:
     """Keep all threads on one processor core, where the system can do that.
 
-    Only the thread that has the interpreter lock runs, so a second core adds little, but passing
-    the lock to a thread on another core has to wake that core: with 64 busy connections, half as
-    many requests per second. A random one, as several servers may run here.
+    Only the thread that has the interpreter lock runs, so a second core adds little. But passing
+    the lock to a thread on another core has to wake that core, which costs half the requests per
+    second with 64 busy connections. The core is a random one, as several servers may run here.
     """
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()  # 3.13 may be built without it
     if has_lock and hasattr(os, "sched_setaffinity"):
@@ -1344,9 +1242,7 @@ def stay_on_one_core() -> None:
 
 def dump(snapshot: Snapshot) -> None:
     """Print the snapshot's pairs to stdout, as one JSON object a line."""
-    # The ways in which command line tools are stopped: `kv.py --dump | head`, Ctrl-C.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `kv.py --dump | head` ends quietly
     if sys.stdout is None:
         raise OSError(errno.EBADF, "stdout is closed")
     # Not sys.stdout: what it could not write it would try again at the exit, with a traceback.
@@ -1361,30 +1257,28 @@ class Saver:
 
     def __init__(self, store: Store, snapshot: Snapshot, log: Log, longest: float) -> None:
         """`longest` is a first estimate: how many seconds the load has taken."""
-        self.store, self.snapshot, self.log, self.longest = store, snapshot, log, longest
+        self._store, self._snapshot, self._log, self.longest = store, snapshot, log, longest
+        self._reserve = mmap.mmap(-1, RESERVED_MEMORY, flags=mmap.MAP_PRIVATE)
 
     def save(self) -> str:
         """Return why it failed, empty if it did not."""
         begin = time.monotonic()
         try:
-            saved = self.store.save(self.snapshot.save)
+            saved = self._store.save(self._snapshot.save)
         except Exception as error:  # whatever it is, there may be another try
-            self.log(f"cannot save: {reason(error)}")
+            self._log(f"cannot save: {reason(error)}")
             return reason(error)
         finally:
             seconds = time.monotonic() - begin
             self.longest = max(self.longest, seconds)
         if saved is not None:
-            self.log(f"saved {count(saved, 'pair')} in {seconds:.2f} s")
+            self._log(f"saved {count(saved, 'pair')} in {seconds:.2f} s")
         return ""
 
-
-def take_pending(signals: set[signal.Signals]) -> set[signal.Signals]:
-    """Return those of the blocked signals that have come, which then have not any more."""
-    pending = {number for number in signals if number in signal.sigpending()}
-    for number in pending:
-        signal.sigwait({number})
-    return pending
+    def close(self) -> None:
+        """The save that follows is the last one: writes are refused, and it has the reserve."""
+        self._store.close()
+        self._reserve.close()
 
 
 def save_until_stopped(
@@ -1395,57 +1289,63 @@ def save_until_stopped(
     One that comes during a save counts from the beginning of that save, as nobody knows better.
     """
     while True:
-        received = {signal.Signals(signal.sigwait(stop_signals | SAVE_SIGNALS))}
+        received: set[Any] = {signal.sigwait(stop_signals | SAVE_SIGNALS)}
         begin = time.monotonic()
         if received <= SAVE_SIGNALS:
             saver.save()
-        # sigwait() takes the lowest number first: those that came together belong together.
-        received |= take_pending(stop_signals)
+        # sigwait() takes the lowest number first. What came together belongs together.
+        while pending := signal.sigpending() & stop_signals:
+            received.add(signal.sigwait(pending))
         if received & stop_signals:
-            return begin, received & stop_signals
+            return begin, {signal.Signals(number) for number in received & stop_signals}
 
 
-def drain(
-    server: Server, saver: Saver, begin: float, seconds: float, hurry: Callable[[], bool]
-) -> None:
-    """End what is in flight, as long as there is time for the last save; save early in between.
+def shut_down(
+    server: Server, saver: Saver, log: Log, begin: float, seconds: float, received: set[Any]
+) -> str:
+    """End what is in flight, and save; return why that failed, empty if it did not.
 
-    `begin` is when the signal came, on the monotonic clock, and `seconds` the graceful time-out.
+    `begin` is when the signals came that are in `received`, on the monotonic clock.
     """
+    # How often to look for the end of requests, for room on the disk, for the signal.
+    step = min(1.0, seconds / 15)
 
-    def end_of_patience() -> float:
-        # Kept for the last save: twice what one has taken so far, and of 15 s another 3. The disk
-        # may be slower then, or full, so that the save has to be tried again.
-        return begin + seconds * 0.8 - 2 * saver.longest
+    def is_sent_again() -> bool:
+        # Another signal belongs to the first one: behind SIGTERM, systemd may send SIGHUP.
+        return bool(signal.sigpending() & received)
 
-    server.drain()
-    while not server.join(min(time.monotonic() + step(seconds), end_of_patience())):
-        now = time.monotonic()
-        if hurry() or now >= end_of_patience():
-            break
-        # In case that those in flight take longer than we have.
-        if now + saver.longest < end_of_patience():
-            saver.save()
+    def last_moment() -> float:
+        # The last save may take longer than those before, or have to be tried again, if the disk is
+        # slow or full. So it has twice their time, and a fifth of the graceful time-out on top.
+        return begin + 0.8 * seconds - 2 * saver.longest
 
-
-def save_at_last(saver: Saver, begin: float, seconds: float, hurry: Callable[[], bool]) -> str:
-    """Save until it succeeds or time is up; return why it failed, empty if it did not."""
-    saver.store.close()
+    try:
+        log(f"draining: {count(server.in_hand, 'connection')} in flight, {len(server.parked)} idle")
+        server.drain()
+        while not server.join(min(time.monotonic() + step, last_moment())):
+            now = time.monotonic()
+            if is_sent_again() or now >= last_moment():
+                break
+            # Requests may take longer than we have. If SIGKILL comes before, it finds this save.
+            if now + saver.longest < last_moment():
+                saver.save()
+        log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_hand} given up")
+    except Exception as error:  # whatever it is, the last save is made
+        log.error(error)
+    saver.close()
     while failure := saver.save():
-        if hurry() or time.monotonic() + step(seconds) + saver.longest >= begin + seconds:
+        if is_sent_again() or time.monotonic() + step + saver.longest >= begin + seconds:
+            log(f"not saved, {failure}: what was written since the last snapshot is lost")
             break
-        time.sleep(step(seconds))
+        time.sleep(step)
     return failure
-
-
-def step(seconds: float) -> float:
-    """How often a shutdown looks for the end of requests, room on the disk, a further signal."""
-    return min(1.0, seconds / 15)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    with or_exit(f"cannot use the working directory {arguments.working_dir!r}"):
+    using = f"cannot use the working directory {arguments.working_dir!r}"
+    listening = f"cannot listen on {arguments.host!r} port {arguments.port}"
+    with or_exit(using):
         snapshot = Snapshot(arguments.working_dir)
     if arguments.dump:
         with or_exit(f"cannot dump {snapshot.path!r}"):
@@ -1454,46 +1354,29 @@ def main() -> None:
     stop_signals = set(STOP_SIGNALS)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
         stop_signals.remove(signal.SIGHUP)
-    # Blocked in this thread and those it starts: a signal waits until it is asked for, and cannot
+    # Blocked in this thread and those it starts, a signal waits until it is asked for, and cannot
     # interrupt anything halfway. SIGTTOU would stop us at a line to a terminal with `stty tostop`.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS | {signal.SIGTTOU})
-    os.umask(0o077)  # the snapshot and a new directory are for the owner, who can read them
+    os.umask(0o077)  # the snapshot and a new directory are for their owner, who can read them
     stay_on_one_core()
     raise_descriptor_limit()
-    doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
-    # The address first, so that a load that takes long is not in vain. It listens at the end.
-    with or_exit(doing):
+    with or_exit(listening):  # before the load, which may take long; it listens after that
         log = Log()
         server = Server(arguments.host, arguments.port, log, arguments.verbose)
-    with or_exit(f"cannot use the working directory {arguments.working_dir!r}"):
+    with or_exit(using):
         snapshot.open()
-        reserved_memory = mmap.mmap(-1, RESERVED_MEMORY, flags=mmap.MAP_PRIVATE)
     with or_exit(f"cannot load {snapshot.path!r}"):
         begin = time.monotonic()
         store = Store(snapshot.load())
         saver = Saver(store, snapshot, log, time.monotonic() - begin)
-    with or_exit(doing):
+    with or_exit(listening):
         server.start(store)
     log(f"{count(len(store), 'pair')} in {snapshot.path!r}, listening on {server.url}")
-    signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
 
+    signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
     begin, received = save_until_stopped(saver, stop_signals)
     log(" and ".join(number.name for number in received))
-
-    def hurry() -> bool:
-        # The same signal again. Another one belongs to the first: systemd may send SIGHUP, too.
-        return bool(signal.sigpending() & received)
-
-    log(f"draining: {count(server.in_flight, 'connection')} in flight, {server.idle} idle")
-    try:
-        drain(server, saver, begin, arguments.graceful_timeout, hurry)
-    except Exception as error:  # whatever it is, the last save is made
-        log.error(error)
-    log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_flight} given up")
-    reserved_memory.close()
-    failure = save_at_last(saver, begin, arguments.graceful_timeout, hurry)
-    if failure:
-        log(f"not saved, {failure}: what was written since the last snapshot is lost")
+    failure = shut_down(server, saver, log, begin, arguments.graceful_timeout, received)
     log.close(LOG_SECONDS)
     # Not by way of sys.exit(): the interpreter would first tidy up, and wait for its lock among
     # thousands of threads meanwhile. Everything is on the disk, and nothing is left to flush.
