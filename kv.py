@@ -441,7 +441,7 @@ def parse_field_lines(block: bytes) -> list[tuple[bytes, bytes]]:
 class Fields(NamedTuple):
     """What the header fields of a request mean for this server."""
 
-    host: bytes
+    is_local_host: bool
     length: int  # of the body, in bytes; 0 if it is chunked
     chunked: bool
     keep_alive: bool
@@ -485,8 +485,8 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     expectations = members(b"expect")  # RFC 9110 10.1.1
     if expectations - {b"100-continue"}:
         raise Refusal(417, "only Expect: 100-continue")
-    host = hosts[0] if hosts else b""
-    return Fields(host, length, bool(codings), keep_alive, bool(expectations) and http11)
+    is_local_host = bool(LOCAL_HOST.fullmatch(hosts[0] if hosts else b""))
+    return Fields(is_local_host, length, bool(codings), keep_alive, bool(expectations) and http11)
 
 
 # A client repeats its header fields byte for byte with each request, and parsing them costs more
@@ -600,8 +600,10 @@ class Handler(BaseHTTPRequestHandler):
 
         Afterwards `close_connection` says whether the connection is at its end.
         """
+        is_urgent = self.server.is_anybody_waiting() and not self.server.draining
+        seconds = 0.0 if is_urgent else PAUSE_SECONDS
         try:
-            while self._wait_for_request():
+            while self._wait_for_request(seconds):
                 self.handle_one_request()
                 if self.close_connection or self.server.is_anybody_waiting():
                     break
@@ -614,13 +616,12 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(507, b"out of memory\n")
                 self._linger()
 
-    def _wait_for_request(self) -> bool:
+    def _wait_for_request(self, seconds: float) -> bool:
         """Wait for the first bytes of a request; return whether there are any."""
         while self.buffer in NO_REQUEST:
             draining = self.server.draining
-            is_urgent = self.server.is_anybody_waiting() and not draining
             try:
-                received = self._receive(RECEIVE_SIZE, 0.0 if is_urgent else PAUSE_SECONDS)
+                received = self._receive(RECEIVE_SIZE, seconds)
             except BlockingIOError:
                 # In a drain, Server._park refuses the connection. So this was the last look.
                 self.close_connection = draining
@@ -657,8 +658,10 @@ class Handler(BaseHTTPRequestHandler):
         """Return the method that serves the request; set `key` if the path has one."""
         # DNS rebinding: a web page has its own name lead to 127.0.0.1, and the browser takes us for
         # the page's server. So a server there refuses other names. RFC 9110 15.5.20.
-        host = self._target_host or self._fields.host  # RFC 9112 3.2.2
-        if self.server.is_local and not LOCAL_HOST.fullmatch(host):
+        is_local_host = self._fields.is_local_host
+        if self._target_host:  # the field does not count then: RFC 9112 3.2.2
+            is_local_host = bool(LOCAL_HOST.fullmatch(self._target_host))
+        if self.server.is_local and not is_local_host:
             raise Refusal(421, "misdirected request")
         has_key = self.path.startswith("/kv/")
         methods = ROUTES.get("/kv/" if has_key else self.path)
@@ -869,13 +872,18 @@ IDLE_SECONDS = 120.0
 SILENT_SECONDS = 10.0
 # Each client that stalls holds a worker, for up to 15 s. Fewer workers could all be held, and more
 # would take more memory, 25 KB each.
-MAX_WORKERS = 2000
+MAX_WORKERS = 1200
+# If more connections than these wait for a worker, it is a burst, which few workers serve soonest.
+# With many, the acceptor would wait for the interpreter lock while the backlog overflows.
+BURST = 100
+# How many seconds lie between the starts of two workers then. They are needed if clients stall.
+START_SECONDS = 0.005
 # How many seconds a worker without work stays. To start one takes 100 us.
 SPARE_SECONDS = 5.0
 # Descriptors that clients cannot have. A save needs one at a time, and the interpreter may, too.
 RESERVED_DESCRIPTORS = 8
-# How many clients are accepted before those that are parked have their turn again.
-ACCEPT_AT_ONCE = 100
+# How many clients are accepted before the first of them is served.
+ACCEPT_AT_ONCE = 1000
 
 
 class Server(ThreadingHTTPServer):
@@ -915,6 +923,7 @@ class Server(ThreadingHTTPServer):
         self._listening = False  # the selector has the listener
         self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
         self._workers: set[threading.Thread] = set()
+        self._next_start = 0.0  # of a worker, see START_SECONDS
         self._last_number = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
         # Not the server_bind of HTTPServer, which asks the name service for the name of this host.
         socketserver.TCPServer.server_bind(self)
@@ -932,7 +941,6 @@ class Server(ThreadingHTTPServer):
         self.server_activate()
         self.socket.setblocking(False)
         self._listen()
-        self._have_one_free()
         self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
         self._acceptor.start()
 
@@ -962,11 +970,11 @@ class Server(ThreadingHTTPServer):
             # Those in the backlog stay there, but further clients get in one at a time at most.
             # Otherwise a busy server would never see its end.
             self.socket.listen(0)
-            while not self._accept():
-                self._serve_once(poll_interval / 10)
+            while self._serve_once(poll_interval / 10):
+                pass
             # The listener is closed before any client is told to leave, as that one comes back.
-            self._pause()
             with self._lock:
+                self._pause()
                 self.server_close()
                 self.draining = True
             end = time.monotonic() + DRAIN_SECONDS
@@ -979,30 +987,43 @@ class Server(ThreadingHTTPServer):
         finally:
             self._jobs.put(None)  # the end, for one worker after another
 
-    def _serve_once(self, seconds: float) -> None:
-        """Wait for clients, that many seconds at most, and see to those who have come."""
+    def _serve_once(self, seconds: float) -> bool:
+        """Wait for clients, that many seconds at most; have workers serve those who have come.
+
+        Returns whether some may be left in the backlog.
+        """
+        accepted: list[socket.socket] = []
         try:
-            for key, _ in self._selector.select(seconds):
-                if key.fileobj is self.socket:
-                    self._accept()
-                else:
-                    connection = cast(socket.socket, key.fileobj)
-                    self._hand_over(connection, self._take(connection))
+            self._have_one_free()  # all workers may be held by stalled clients
+            parked = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
+            # Workers take no further jobs while we have the lock. If they had the interpreter lock,
+            # the backlog would overflow in a burst.
+            with self._lock:
+                if self.socket in parked:
+                    parked.remove(self.socket)
+                    accepted = self._accept()
+                jobs = [(connection, b"") for connection in accepted]
+                jobs += [(connection, self._take(connection)) for connection in parked]
+                self.in_hand += len(jobs)
+            for job in jobs:
+                self._jobs.put(job)
             self._drop_silent()
             if not (self.in_hand or self.parked):
                 self._listen()  # no connection is left that could make room
         except Exception as error:  # no memory, for instance
             self.log.error(error)
             time.sleep(POLL_SECONDS)
+        return len(accepted) == ACCEPT_AT_ONCE or not self._listening
 
-    def _accept(self) -> bool:
-        """Accept clients from the backlog; return whether none is left there."""
-        for _ in range(ACCEPT_AT_ONCE if self._listening else 0):
+    def _accept(self) -> list[socket.socket]:
+        """With the lock: accept clients from the backlog."""
+        accepted: list[socket.socket] = []
+        while self._listening and len(accepted) < ACCEPT_AT_ONCE:
             try:
                 connection, _ = self.socket.accept()
             except BlockingIOError:
                 self.full = False
-                return True
+                break
             except ConnectionAbortedError:
                 continue  # this client has given up
             except OSError:
@@ -1010,12 +1031,16 @@ class Server(ThreadingHTTPServer):
                 break
             # On BSD and macOS, a connection is non-blocking like its listener.
             os.set_blocking(connection.fileno(), True)
-            self._hand_over(connection, b"")
+            accepted.append(connection)
             # The system gives the lowest number that is free, so all below this one are taken.
             if connection.fileno() >= self._last_number:
                 self._pause()
-                break
-        return False
+        return accepted
+
+    def _pause(self) -> None:
+        """With the lock: leave the backlog alone until a connection has been closed."""
+        self._selector.unregister(self.socket)
+        self._listening, self.full = False, True
 
     def _listen(self) -> None:
         """Have the selector watch the listener."""
@@ -1024,27 +1049,11 @@ class Server(ThreadingHTTPServer):
                 self._selector.register(self.socket, selectors.EVENT_READ)
                 self._listening = True
 
-    def _pause(self) -> None:
-        """Leave the backlog alone until a connection has been closed."""
-        with self._lock:
-            self.full = True
-            if self._listening:
-                self._selector.unregister(self.socket)
-                self._listening = False
-
-    def _hand_over(self, connection: socket.socket, received: bytes) -> None:
-        """Give a connection to the worker that is free, or to the next that is."""
-        with self._lock:
-            self.in_hand += 1
-        self._jobs.put((connection, received))
-
     def _take(self, connection: socket.socket) -> bytes:
-        """Take a connection out of the parked ones; return what it has sent."""
-        with self._lock:
-            # Unregistered before it can be closed, as the next descriptor may get its number.
-            self._selector.unregister(connection)
-            _, received = self.parked.pop(connection)
-        return received
+        """With the lock: take a connection out of the parked ones; return what it has sent."""
+        # Unregistered before it can be closed, as the next descriptor may get its number.
+        self._selector.unregister(connection)
+        return self.parked.pop(connection)[1]
 
     def _drop_silent(self) -> None:
         """Close what has been parked for too long."""
@@ -1057,36 +1066,44 @@ class Server(ThreadingHTTPServer):
             if not connection or time.monotonic() - since < limit:
                 break
             self._drop(connection)
+            if self.full:
+                break  # that makes room for one, and who comes next may be the last
 
     def _drop(self, connection: socket.socket) -> None:
         """Close a parked connection, unless something has arrived after all."""
-        received = self._take(connection)
+        with self._lock:
+            received = self._take(connection)
+            self.in_hand += 1
         try:
             connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:  # nothing has, or the client has reset it
+            self._jobs.put((connection, received))
+        except OSError:  # nothing has arrived, or the client has reset it
             self._close(connection)
-        else:
-            self._hand_over(connection, received)
 
     def _close(self, connection: socket.socket) -> None:
         connection.close()
+        with self._lock:
+            self.in_hand -= 1
         if self.full:
             self._listen()
 
     # -- The workers --
 
     def _have_one_free(self) -> None:
-        """Start a worker if none is free. RuntimeError if the system allows no more threads."""
+        """Start a worker if none is free, but in a burst, only every now and then."""
         with self._lock:
-            if self.in_hand < len(self._workers) or len(self._workers) >= MAX_WORKERS:
+            now, waiting = time.monotonic(), self.in_hand - len(self._workers)
+            if waiting < 0 or len(self._workers) >= MAX_WORKERS:
                 return
+            if waiting > BURST and now < self._next_start:
+                return
+            self._next_start = now + START_SECONDS
             worker = threading.Thread(target=self._work, daemon=True)
             self._workers.add(worker)
         try:
             worker.start()
-        except BaseException:
+        except (RuntimeError, MemoryError):  # the system allows no more threads
             self._workers.remove(worker)
-            raise
 
     def is_anybody_waiting(self) -> bool:
         """Whether a connection waits for a worker, and none is free."""
@@ -1104,10 +1121,9 @@ class Server(ThreadingHTTPServer):
             if not job:
                 self._jobs.put(None)
                 break
-            # Who takes a job sees to it that another worker is free. The acceptor would fall
-            # behind, as to start a thread is to wait until it has had the interpreter lock.
-            with contextlib.suppress(RuntimeError, MemoryError):
-                self._have_one_free()
+            # Who takes a job sees to it that another worker is free. If the acceptor did, it would
+            # fall behind, as to start a thread is to wait until that has had the interpreter lock.
+            self._have_one_free()
             self._serve(*job)
         self._workers.remove(threading.current_thread())
 
@@ -1123,8 +1139,6 @@ class Server(ThreadingHTTPServer):
         except Exception as error:  # a mistake in this program, or a lack of memory
             self.log.error(error)
         self._close(connection)
-        with self._lock:
-            self.in_hand -= 1
 
     def _park(self, connection: socket.socket, received: bytes) -> bool:
         """Give back a connection: idle, or to the end of the queue if its next request has begun.
