@@ -131,7 +131,8 @@ def read_pairs(path: str) -> dict[str, str]:
             check_opcodes(pickled)
         try:
             pairs = StringsOnly(data).load()
-            for text in itertools.chain(pairs, pairs.values()):
+            texts = itertools.chain(pairs, pairs.values())
+            for text in itertools.filterfalse(str.isascii, texts):
                 text.encode()  # fails for a lone surrogate, which could never be answered
         except MemoryError:
             raise  # that is no fault of the file
@@ -577,9 +578,9 @@ RECEIVE_SIZE, RECEIVE_BODY_SIZE = 8 * 1024, 64 * 1024
 class Handler(BaseHTTPRequestHandler):
     """Serves the requests of one connection while they keep coming, then gives it back.
 
-    The names are those of the base class: do_GET and its like, command, path, close_connection,
-    handle, handle_one_request. Its code is not used. It reads requests more leniently than RFC 9112
-    allows, and its constructor serves a connection to its end, while here the worker calls handle.
+    The base class lends its names: do_GET and its like, command, path, close_connection, handle,
+    handle_one_request. Its code is not used. It reads requests more leniently than RFC 9112 allows,
+    and its constructor serves a connection to its end. Here the worker calls `handle`.
     """
 
     server: Server
@@ -588,21 +589,23 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, connection: socket.socket, buffer: bytes, server: Server) -> None:
         """`buffer` has what has already been received of the next request."""
         self.connection, self.buffer, self.server = connection, buffer, server
-        self.close_connection = False
+        self.command, self._line, self.close_connection = "", b"", False
         self._receive_seconds = 0.0  # no time limit set yet, see _receive
-        # Nagle's algorithm would hold back an answer until the one before it is acknowledged, which
-        # the client's kernel delays by 40 ms.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(STALL_SECONDS))
 
     def handle(self) -> None:
         """Serve requests until none comes for a moment, or another connection needs the worker.
 
-        Afterwards `close_connection` says whether the connection is at its end.
+        Afterwards `close_connection` says whether the connection is at its end. If not, `buffer`
+        has what has been received of the next request.
         """
         is_urgent = self.server.is_anybody_waiting() and not self.server.draining
         seconds = 0.0 if is_urgent else PAUSE_SECONDS
         try:
+            # Nagle's algorithm would hold back an answer until the one before it is acknowledged,
+            # which the client's kernel delays by 40 ms.
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            limit = timeval(STALL_SECONDS)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             while self._wait_for_request(seconds):
                 self.handle_one_request()
                 if self.close_connection or self.server.is_anybody_waiting():
@@ -1110,22 +1113,23 @@ class Server(ThreadingHTTPServer):
         return self.in_hand > len(self._workers)
 
     def _work(self) -> None:
-        while True:
+        worker = threading.current_thread()
+        while worker in self._workers:
             try:
                 job = self._jobs.get(timeout=SPARE_SECONDS)
             except queue.Empty:
                 with self._lock:
                     if len(self._workers) > self.in_hand + 1:
-                        break
+                        self._workers.remove(worker)
                 continue
-            if not job:
+            if job:
+                # Who takes a job sees to it that another worker is free. If the acceptor did, it
+                # would fall behind: a thread that is started first waits for the interpreter lock.
+                self._have_one_free()
+                self._serve(*job)
+            else:
                 self._jobs.put(None)
-                break
-            # Who takes a job sees to it that another worker is free. If the acceptor did, it would
-            # fall behind, as to start a thread is to wait until that has had the interpreter lock.
-            self._have_one_free()
-            self._serve(*job)
-        self._workers.remove(threading.current_thread())
+                self._workers.remove(worker)
 
     def _serve(self, connection: socket.socket, received: bytes) -> None:
         """Serve a connection while requests keep coming; then park or close it."""

@@ -2742,14 +2742,19 @@ def write_until_refused(
     return done
 
 
-def shutdowns_under_load(directory: Path, cycles: int, seed: int) -> Report:
-    """Stop the server at random moments of a load; count the acknowledged writes it lost."""
+def shutdowns_under_load(
+    directory: Path, cycles: int, seed: int, seconds: float = 0.5, *arguments: str
+) -> Report:
+    """Stop the server at random moments of a load; count the acknowledged writes it lost.
+
+    Before that, it saves now and then. Each load lasts up to so many seconds.
+    """
     chance = random.Random(seed)
     acknowledged, lost = 0, []
     context = multiprocessing.get_context("fork")
     state: dict[str, str] = {}
     for cycle in range(cycles):
-        with ServerProcess(directory) as server, context.Pool(4) as pool:
+        with ServerProcess(directory, *arguments) as server, context.Pool(4) as pool:
             runs = [
                 pool.apply_async(
                     write_until_refused,
@@ -2763,7 +2768,11 @@ def shutdowns_under_load(directory: Path, cycles: int, seed: int) -> Report:
                 )
                 for number in range(4)
             ]
-            time.sleep(chance.uniform(0.0, 0.5))  # the moment is left to chance
+            pauses = [chance.uniform(0.0, seconds / 3) for _ in range(3)]  # left to chance
+            for pause in pauses[chance.randrange(3) :]:
+                time.sleep(pause)
+                server.send_signal(signal.SIGUSR1)
+            time.sleep(pauses[0])
             exit_code = server.stop()
             operations = [operation for run in runs for operation in run.get(DEADLINE)]
         if exit_code != 0:
@@ -3739,7 +3748,9 @@ def soak(minutes: float) -> int:
                 fuzz(server, 5_000, seed)
                 assert server.stop() == 0
                 assert "kv.py: error" not in server.log, server.log
-            report = shutdowns_under_load(Path(top) / f"load-{seed}", 25, seed)
+            report = shutdowns_under_load(
+                Path(top) / f"load-{seed}", 25, seed, 3.0, "--save-every=1"
+            )
             acknowledged += report.acknowledged
             lost += report.lost
             cycles += 25
@@ -3949,22 +3960,33 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
         assert answers == {"200": 10_000}, answers
         yield "10,000 clients PUT at the same instant", time.monotonic() - begin, 0, "s"
 
-    progress("1,000 idle connections")
+    progress("15,000 idle connections")
+    allow_descriptors(20_000)
+    number = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
     with ServerProcess(top / "idle") as server, contextlib.ExitStack() as stack:
         stack.enter_context(server.connect()).request("GET", "/health")
         gets = [request("GET", "/health")]
         before = requests_per_second(server.port, 64, gets, 1.0)
         resident = server.resident_bytes() if sys.platform == "linux" else 0
-        for _ in range(1000):
-            stack.enter_context(server.connect()).request("GET", "/health")
+        for _ in range(number):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            client.send(gets[0])
+            client.recv(1000)
         if resident:
-            each = (server.resident_bytes() - resident) / 1000 / 1024
-            yield "memory of an idle connection", each, 0, "KiB"
+            each = (server.resident_bytes() - resident) / number / 1024
+            yield f"memory of one of {number:,} idle connections", each, 0, "KiB"
         beside = requests_per_second(server.port, 64, gets, 1.0)
-        yield "GET beside 1,000 idle, plain: none", beside / 1000, before / 1000, "1,000/s"
+        yield "GET beside them, plain: without", beside / 1000, before / 1000, "1,000/s"
         begin = time.monotonic()
         server.stop()
         yield "SIGTERM to exit with them", time.monotonic() - begin, 0, "s"
+
+    progress("9,000 busy clients")
+    with ServerProcess(top / "busy") as server:
+        loops = [Loop(put(f"{n}-{m}", "value") for m in range(3)) for n in range(9_000)]
+        begin = time.monotonic()
+        assert keep_alive(server.port, loops).answers == {"200": 27_000}
+        yield "9,000 clients PUT 3 times each", time.monotonic() - begin, 0, "s"
 
     progress("1,000,000 pairs of 16 and 100 bytes")
     pairs = {f"key{number:013}": f"{number:0100}" for number in range(1_000_000)}
@@ -4000,6 +4022,20 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
                 plain = requests_per_second(few.port, 64, some, 1.0) / 1000
                 rates.append((ours / plain, ours, plain))
         yield "GET, 1,000,000 keys, plain: 1,000", *sorted(rates)[1][1:], "1,000/s"
+        with server.connect() as asking:
+            slowest = []
+            for name in ("one", "two"):
+                begin = longest = 0.0
+                end = time.monotonic() + 1.0
+                if name == "two":
+                    asking.request("PUT", "/kv/two", b"value")
+                    server.send_signal(signal.SIGUSR1)
+                while "saved" not in server.log if name == "two" else time.monotonic() < end:
+                    begin = time.monotonic()
+                    asking.request("GET", "/health")
+                    longest = max(longest, time.monotonic() - begin)
+                slowest.append(longest)
+        yield "slowest GET in a save, plain: without", slowest[1], slowest[0], "s"
         if sys.platform == "linux":
             server.request("PUT", "/kv/one-more", b"value")
             before = highest = server.resident_bytes()
