@@ -241,9 +241,11 @@ class Snapshot:
         try:
             # The kernel gives this lock back however the process ends, so none is left behind.
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
             os.close(directory)
-            raise BlockingIOError(error.errno, "in use by another kv.py") from None
+            if isinstance(error, BlockingIOError):
+                raise BlockingIOError(error.errno, "in use by another kv.py") from None
+            raise
         self._locked = directory
 
     def _sync_directory(self) -> None:
@@ -626,8 +628,8 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 received = self._receive(RECEIVE_SIZE, seconds)
             except BlockingIOError:
-                # In a drain, Server._park refuses the connection. So this was the last look.
-                self.close_connection = draining
+                # In a drain, Server._park refuses the connection. So this wait was its last one.
+                self.close_connection = draining and seconds > 0
                 return False
             if not received:
                 self.close_connection = True
@@ -713,9 +715,11 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write."""
         # A client that reads this sends no more. If an idle connection were closed instead, its
-        # next request could be on its way. A request that has begun is in flight, and served.
-        if (self.server.full or self.server.draining) and self.buffer in NO_REQUEST:
-            self.close_connection = True
+        # next request could be on its way. One that has arrived is in flight, and served.
+        if not self.close_connection and (self.server.full or self.server.draining):
+            with contextlib.suppress(BlockingIOError):
+                self.buffer = self.buffer or self._receive(RECEIVE_SIZE, 0.0)
+            self.close_connection = self.buffer in NO_REQUEST
         if self.close_connection:
             field += b"Connection: close\r\n"
         elif not self._http11:
@@ -746,14 +750,13 @@ class Handler(BaseHTTPRequestHandler):
         this is a half-close, and what still comes is thrown away until the client closes, too.
         """
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while True:
+        begin, limit = time.monotonic(), LINGER_SECONDS
+        while time.monotonic() - begin < limit:
             with contextlib.suppress(BlockingIOError):
                 # Little at a time, as a server without memory must be able to do this, too.
                 if not self._receive(1024, PAUSE_SECONDS):
                     break
-            if self.server.draining or time.monotonic() > deadline:
-                break
+            limit = DRAIN_SECONDS if self.server.draining else LINGER_SECONDS
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -961,6 +964,8 @@ class Server(ThreadingHTTPServer):
             for worker in self._workers.copy():
                 with contextlib.suppress(RuntimeError):  # another worker is just starting it
                     worker.join(max(0.0, until - time.monotonic()))
+                    if not worker.is_alive():  # without memory, it may have ended in its start
+                        self._workers.discard(worker)
         return not (self._acceptor.is_alive() or self._workers)
 
     # -- The acceptor --
@@ -977,9 +982,14 @@ class Server(ThreadingHTTPServer):
                 pass
             # The listener is closed before any client is told to leave, as that one comes back.
             with self._lock:
-                self._pause()
+                late = self._accept()  # who has come since the last look, a moment ago
+                self.in_hand += len(late)
+                if self._listening:
+                    self._pause()
                 self.server_close()
                 self.draining = True
+            for connection in late:
+                self._jobs.put((connection, b""))
             end = time.monotonic() + DRAIN_SECONDS
             while self.parked and time.monotonic() < end:
                 self._serve_once(poll_interval / 10)
@@ -1004,7 +1014,7 @@ class Server(ThreadingHTTPServer):
             with self._lock:
                 if self.socket in parked:
                     parked.remove(self.socket)
-                    accepted = self._accept()
+                accepted = self._accept()
                 jobs = [(connection, b"") for connection in accepted]
                 jobs += [(connection, self._take(connection)) for connection in parked]
                 self.in_hand += len(jobs)
@@ -1016,7 +1026,7 @@ class Server(ThreadingHTTPServer):
         except Exception as error:  # no memory, for instance
             self.log.error(error)
             time.sleep(POLL_SECONDS)
-        return len(accepted) == ACCEPT_AT_ONCE or not self._listening
+        return len(accepted) == ACCEPT_AT_ONCE or self.full
 
     def _accept(self) -> list[socket.socket]:
         """With the lock: accept clients from the backlog."""
@@ -1094,19 +1104,21 @@ class Server(ThreadingHTTPServer):
 
     def _have_one_free(self) -> None:
         """Start a worker if none is free, but in a burst, only every now and then."""
-        with self._lock:
-            now, waiting = time.monotonic(), self.in_hand - len(self._workers)
-            if waiting < 0 or len(self._workers) >= MAX_WORKERS:
-                return
-            if waiting > BURST and now < self._next_start:
-                return
-            self._next_start = now + START_SECONDS
-            worker = threading.Thread(target=self._work, daemon=True)
-            self._workers.add(worker)
+        worker = None
         try:
+            with self._lock:
+                now, waiting = time.monotonic(), self.in_hand - len(self._workers)
+                if waiting < 0 or len(self._workers) >= MAX_WORKERS:
+                    return
+                if waiting > BURST and now < self._next_start:
+                    return
+                self._next_start = now + START_SECONDS
+                worker = threading.Thread(target=self._work, daemon=True)
+                self._workers.add(worker)
             worker.start()
         except (RuntimeError, MemoryError):  # the system allows no more threads
-            self._workers.remove(worker)
+            if worker:
+                self._workers.discard(worker)
 
     def is_anybody_waiting(self) -> bool:
         """Whether a connection waits for a worker, and none is free."""
@@ -1119,21 +1131,21 @@ class Server(ThreadingHTTPServer):
                 job = self._jobs.get(timeout=SPARE_SECONDS)
             except queue.Empty:
                 with self._lock:
-                    if len(self._workers) > self.in_hand + 1:
-                        self._workers.remove(worker)
+                    if len(self._workers) > self.in_hand + 1:  # one stays for the next job
+                        self._workers.discard(worker)
                 continue
             if job:
-                # Who takes a job sees to it that another worker is free. If the acceptor did, it
-                # would fall behind: a thread that is started first waits for the interpreter lock.
-                self._have_one_free()
                 self._serve(*job)
             else:
                 self._jobs.put(None)
-                self._workers.remove(worker)
+                self._workers.discard(worker)
 
     def _serve(self, connection: socket.socket, received: bytes) -> None:
         """Serve a connection while requests keep coming; then park or close it."""
         try:
+            # Who takes a job sees to it that another worker is free. If the acceptor did, it would
+            # fall behind: a thread that is started first waits for the interpreter lock.
+            self._have_one_free()
             handler = Handler(connection, received, self)
             handler.handle()
             while not handler.close_connection:
@@ -1181,7 +1193,8 @@ LOG_SECONDS = 0.5
 
 def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+        name = error.filename2 or error.filename  # of a rename, the target
+        return f"{error.strerror}: {name!r}" if name else error.strerror
     return str(error) or type(error).__name__
 
 
@@ -1385,6 +1398,7 @@ def main() -> None:
         snapshot.open()
     with or_exit(f"cannot load {snapshot.path!r}"):
         begin = time.monotonic()
+        # A damaged one stops the start. With an empty store, the next save would replace it.
         store = Store(snapshot.load())
         saver = Saver(store, snapshot, log, time.monotonic() - begin)
     with or_exit(listening):

@@ -2153,17 +2153,32 @@ class ShutdownTest(KVTest):
         self.assertEqual((answer.status, answer.fields.get("Connection")), (200, "close"))
         self.assertEqual(server.exit_code(), 0)
 
-    def test_who_sends_one_more_request_can_read_the_last_answer(self) -> None:
-        """Closing with that request unread would reset the connection."""
+    def test_who_sends_one_more_request_is_answered(self) -> None:
+        """Also if it is not in our buffer yet, but has arrived."""
         server = self.start()
         client = self.begin_upload(server, "a")
         server.send_signal()
         wait_until(lambda: not listens(server.port), "new connections are refused")
         client.send(b"e" + request("GET", "/kv/a"))
-        answer = client.receive()
-        self.assertEqual((answer.status, answer.fields["Connection"]), (200, "close"))
+        answers = [client.receive() for _ in range(2)]
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+        self.assertEqual([answer.fields.get("Connection") for answer in answers], [None, "close"])
         self.assertEqual(client.file.read(), b"")
         self.assertEqual(server.exit_code(), 0)
+
+    def test_the_backlog_is_served_also_when_there_are_no_descriptors(self) -> None:
+        server = self.start(preexec_fn=descriptor_limit(40))
+        idle = [self.client(server) for _ in range(27)]
+        for client in idle:
+            client.request("GET", "/health")
+        waiting = [self.client(server) for _ in range(8)]
+        for number, client in enumerate(waiting):
+            client.send(put(f"{number}", "value"))
+        time.sleep(0.5)  # until all are idle
+        server.send_signal()
+        self.assertEqual([client.receive().status for client in waiting], [200] * len(waiting))
+        self.assertEqual(server.exit_code(), 0)
+        self.assertEqual(len(self.read_snapshot()), len(waiting))
 
     def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
         server = self.start()
