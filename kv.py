@@ -713,12 +713,13 @@ class Handler(BaseHTTPRequestHandler):
     # -- Sending --
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
-        """Send a whole response in one write."""
+        """Send a whole response in one write: with TCP_NODELAY, each write is a packet."""
         # A client that reads this sends no more. If an idle connection were closed instead, its
         # next request could be on its way. One that has arrived is in flight, and served.
         if not self.close_connection and (self.server.full or self.server.draining):
             with contextlib.suppress(BlockingIOError):
-                self.buffer = self.buffer or self._receive(RECEIVE_SIZE, 0.0)
+                if self.buffer in NO_REQUEST:
+                    self.buffer += self._receive(RECEIVE_SIZE, 0.0)
             self.close_connection = self.buffer in NO_REQUEST
         if self.close_connection:
             field += b"Connection: close\r\n"
@@ -1014,6 +1015,7 @@ class Server(ThreadingHTTPServer):
             with self._lock:
                 if self.socket in parked:
                     parked.remove(self.socket)
+                # In any case, as only an accept that finds nobody ends `full`.
                 accepted = self._accept()
                 jobs = [(connection, b"") for connection in accepted]
                 jobs += [(connection, self._take(connection)) for connection in parked]
