@@ -11,16 +11,18 @@ otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 t
     DELETE /clear      remove every key           200, 503
     GET    /health     "ok"                       200             (HEAD: without the body)
 
+Anything else is answered 404 or 405, and what is no good HTTP 400, 408, 414, 421, 431 or 501.
+
 All pairs live in memory. A stop signal, such as SIGTERM or SIGINT, shuts the server down and writes
 them to a snapshot in the working directory. The next start reads them back. SIGUSR1 saves while the
 server goes on, and --save-every does so by itself. A shutdown has a time limit of 15 s, unless
 --graceful-timeout says otherwise:
 
-    0 s    The backlog is served to its end. Answers say `Connection: close`. Idle connections are
-           closed after a quarter of a second. Requests in flight go on.
+    0 s    The backlog is served to its end, then answers say `Connection: close`. Idle connections
+           are closed after a quarter of a second. Requests in flight go on.
     1 s    If a request is still in flight, what has been acknowledged is saved, again each second.
-    12 s   Stalled clients are given up, sooner if saves are slow. A write is answered 503 from here
-           on, because the last snapshot is being written. If that fails, it is tried again.
+    12 s   What is still in flight is given up, sooner if saves are slow. A write is answered 503
+           from here on, because the last snapshot is being written. If that fails, it is retried.
     15 s   The latest exit, as supervisors such as the test harness of lsfr.io send SIGKILL then.
            Only a save that takes much longer than any before it can exceed this.
 
@@ -101,7 +103,7 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
         pickler.dump(pairs)
         file.seek(0)
         sha256 = hashlib.sha256()
-        for piece in iter(functools.partial(file.read, 1 << 16), b""):
+        while piece := file.read(1 << 16):
             sha256.update(piece)
         file.write(sha256.digest())
         file.flush()
@@ -130,7 +132,7 @@ def read_pairs(path: str) -> dict[str, str]:
                 raise SnapshotError("truncated or altered: its checksum does not match")
             check_opcodes(pickled)
         try:
-            pairs = StringsOnly(data).load()
+            pairs: dict[str, str] = StringsOnly(data).load()
             texts = itertools.chain(pairs, pairs.values())
             for text in itertools.filterfalse(str.isascii, texts):
                 text.encode()  # fails for a lone surrogate, which could never be answered
@@ -138,7 +140,7 @@ def read_pairs(path: str) -> dict[str, str]:
             raise  # that is no fault of the file
         except Exception as error:  # the pickle module does not promise which
             raise SnapshotError(f"not a dict of UTF-8 strings: {error}") from error
-    return cast("dict[str, str]", pairs)
+    return pairs
 
 
 class StringsOnly(pickle.Unpickler):
@@ -153,8 +155,8 @@ class StringsOnly(pickle.Unpickler):
 PICKLE_START = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL)
 # A string is one of these opcodes, its size in 1 or in 4 bytes, and its text.
 SHORT_STRING, STRING = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
-# Between strings, there are the begin of a batch of pairs, its end, the end of a single pair, and
-# the size of the next frame. These have fixed lengths in bytes, the opcode included.
+# Between strings, there are the beginning of a batch of pairs, its end, the end of a single pair,
+# and the size of the next frame. These have fixed lengths in bytes, the opcode included.
 FIXED_LENGTHS = {pickle.MARK[0]: 1, pickle.SETITEMS[0]: 1, pickle.SETITEM[0]: 1, pickle.FRAME[0]: 9}
 
 
@@ -204,7 +206,7 @@ class Snapshot:
         self._lock()
         write_pairs(self._temporary, {})
         read_pairs(self._temporary)
-        self._sync_directory()
+        self._sync_names()
         os.unlink(self._temporary)
 
     def load(self) -> dict[str, str]:
@@ -230,8 +232,8 @@ class Snapshot:
             # could leave an empty file of that name.
             write_pairs(self._temporary, pairs)
             os.replace(self._temporary, self.path)
-            self._sync_directory()
-        except BaseException:
+            self._sync_names()
+        except Exception:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)  # half a file would fill a full disk for good
             raise
@@ -248,17 +250,14 @@ class Snapshot:
             raise
         self._locked = directory
 
-    def _sync_directory(self) -> None:
-        """Have the name of the snapshot reach the disk."""
-        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+    def _sync_names(self) -> None:
+        """Have what the names in the directory stand for reach the disk."""
         try:
-            os.fsync(directory)
+            os.fsync(self._locked)
         except OSError as error:
             # CIFS and shared folders of virtual machines keep names without being asked.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
-        finally:
-            os.close(directory)
 
 
 # ---- Store: all pairs in memory ----
@@ -281,10 +280,6 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self._changes = self._saved_changes = 0
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._pairs)
 
     def get(self, key: str) -> str | None:
         with self._lock:
@@ -325,8 +320,8 @@ class Store:
             changes = self._changes
             if changes == self._saved_changes:
                 return None
-            # A copy of the dict, not of its strings, takes some milliseconds, and then requests go
-            # on while it is written. A closed store needs none, and there may be no memory for it.
+            # Requests go on while a copy is written. Copying the dict, not its strings, takes some
+            # milliseconds. A closed store needs no copy, for which there may be no memory.
             pairs = self._pairs if self._closed else self._pairs.copy()
         write(pairs)
         self._saved_changes = changes
@@ -336,8 +331,8 @@ class Store:
 # ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
 #
 # A server and the proxy in front of it must agree where each request ends, or one client's bytes
-# become the start of another client's request. So what the RFCs do not allow is refused, and
-# nothing is guessed or repaired.
+# become the start of another client's request. So nothing about that is guessed or repaired: what
+# the RFCs do not allow is refused.
 
 # The largest value, in bytes. Receiving it can take three times as much memory. If it is not all
 # ASCII, it takes up to four times as much for good, as str has up to four bytes for each character.
@@ -346,36 +341,25 @@ MAX_VALUE = 10 * 1024 * 1024
 MAX_LINE = 8192
 # The field lines of a request, in bytes and in lines. Browsers with all their cookies stay under
 # 16 KiB and 50 lines. More would be memory that each connection can hold.
-MAX_HEADER = 32 * 1024
-MAX_FIELDS = 100
+MAX_HEADER, MAX_FIELDS = 32 * 1024, 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
-PERCENT = rb"%[0-9A-Fa-f]{2}"  # RFC 3986 2.1, like the next three
-# A run of plain characters is one step of the search. With (?:plain|encoded)* each would be one.
-PLAIN = rb"[A-Za-z0-9._~!$&'()*+,;=:@/-]*"
-QUERY = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|" + PERCENT + rb")*"
-HOST = re.compile(
-    rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|" + PERCENT + rb")*)(?::[0-9]*)?"
-)
+TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control characters but tabs: RFC 9110 5.5
+# GET /kv/a?query HTTP/1.1
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
+# http://127.0.0.1:8080/kv/a, a target as a proxy may send it: RFC 9112 3.2.2
+ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^:/?][^/?]*)(.*)")
+HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # What a server on a loopback address is called: an IP address, a name that no name server is asked
 # for, or a name without a dot, such as nginx's name for its upstream.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
-# GET /kv/a HTTP/1.1
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([^ ]+) HTTP/([0-9])\.([0-9])")
-# /kv/a?query
-ORIGIN_FORM = re.compile(rb"(/" + PLAIN + rb"(?:" + PERCENT + PLAIN + rb")*)(?:\?" + QUERY + rb")?")
-# http://127.0.0.1:8080/kv/a, which a proxy may send. The host is not empty: no colon in front.
-ABSOLUTE_FORM = re.compile(rb"(?i:https?)://(?!:)([^/?]+)(.*)")
-# RFC 9112 5 and RFC 9110 5.5: no white space before the colon, no folding, no control characters.
-FIELD = re.compile(rb"(" + TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
-# A chunk's size, then extensions, which we ignore: RFC 9112 7.1.1.
-CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
-# What a head, or a line, can look like while its end is still to come. RFC 9112 2.2 allows no CR or
-# LF without the other. A CR at the end may still get its LF.
-UNFINISHED_HEAD = re.compile(
-    rb"(?:" + TOKEN + rb"(?: (?:[/Hh*][!-~]*(?: [!-~]*(?:\r\n[^\r\n]*)*)?)?)?)?\r?"
-)
-UNFINISHED_LINE = re.compile(rb"[^\r\n]*\r?")
+# Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
+FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
+# 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
+CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
+# Lines whose end is still to come. RFC 9112 2.2 allows no CR or LF without the other, but a CR at
+# the end may still get its LF.
+UNFINISHED = re.compile(TEXT + rb"(?:\r\n" + TEXT + rb")*\r?")
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
 
@@ -394,21 +378,16 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, str, bool]:
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
-    method, target, major, minor = match.groups()
-    if major != b"1":
-        raise Refusal(505, "only HTTP/1.0 and HTTP/1.1")
+    method, target, minor = match.groups()
     host = b""
     if not target.startswith(b"/"):
         absolute = ABSOLUTE_FORM.fullmatch(target)
         if not absolute or not HOST.fullmatch(absolute[1]):
             raise Refusal(400, "malformed request target")
-        host = absolute[1]
-        target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
-    origin = ORIGIN_FORM.fullmatch(target)
-    if not origin:
-        raise Refusal(400, "malformed request target")
+        host, target = absolute.groups()
+    path = target.partition(b"?")[0]
     # A later minor version is HTTP/1.1 with additions that we may ignore: RFC 9110 2.5.
-    return method.decode(), host, origin[1].decode(), minor != b"0"
+    return method.decode(), host, path.decode(), minor != b"0"
 
 
 def check_unfinished_head(head: bytes) -> None:
@@ -417,13 +396,11 @@ def check_unfinished_head(head: bytes) -> None:
     A client that speaks TLS, or another protocol, may wait for our answer before it sends more.
     """
     line, line_end, block = head.partition(b"\r\n")
-    if line_end:
+    if line_end or len(line) > MAX_LINE + len(b"\r"):
         parse_request_line(line)
-    if len(line) > MAX_LINE + len(b"\r"):
-        raise Refusal(414, "line too long")
     if len(block) > MAX_HEADER + len(b"\r\n\r"):
         raise Refusal(431, "header too large")
-    if not UNFINISHED_HEAD.fullmatch(head):
+    if not UNFINISHED.fullmatch(head):
         raise Refusal(400, "malformed request")
 
 
@@ -451,6 +428,9 @@ class Fields(NamedTuple):
     expects_continue: bool
 
 
+# A client repeats its header fields byte for byte with each request, and parsing them costs more
+# than all the rest. What is remembered takes at most 2 MiB.
+@functools.lru_cache(maxsize=64)
 def parse_fields(block: bytes, http11: bool) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
     values = collections.defaultdict(list)
@@ -458,15 +438,13 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
         values[name].append(value)
 
     def members(name: bytes) -> set[bytes]:
-        """RFC 9110 5.6.1: a list may stand in several fields, and have empty members."""
-        joined = b",".join(values[name]).lower()
-        return {each.strip(b" \t") for each in joined.split(b",")} - {b""}
+        """RFC 9110 5.6.1: a list may stand in several fields."""
+        return {each.strip(b" \t") for each in b",".join(values[name]).lower().split(b",")}
 
     hosts = values[b"host"]  # RFC 9112 3.2
-    if len(hosts) != 1 and (http11 or hosts):
-        raise Refusal(400, "a request needs one Host field")
-    if hosts and not HOST.fullmatch(hosts[0]):
-        raise Refusal(400, "invalid Host")
+    host = b"".join(hosts)
+    if len(hosts) > 1 or (http11 and not hosts) or not HOST.fullmatch(host):
+        raise Refusal(400, "a request needs one valid Host field")
 
     lengths, codings = values[b"content-length"], values[b"transfer-encoding"]  # RFC 9112 6.3
     if codings and (lengths or not http11):
@@ -485,18 +463,9 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
 
     connection = members(b"connection")  # RFC 9112 9.3
     keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
-    expectations = members(b"expect")  # RFC 9110 10.1.1
-    if expectations - {b"100-continue"}:
-        raise Refusal(417, "only Expect: 100-continue")
-    is_local_host = bool(LOCAL_HOST.fullmatch(hosts[0] if hosts else b""))
-    return Fields(is_local_host, length, bool(codings), keep_alive, bool(expectations) and http11)
-
-
-# A client repeats its header fields byte for byte with each request, and parsing them costs more
-# than all the rest. 256 blocks of up to 1 KiB are enough for the clients of a busy moment and
-# cannot be made to fill the memory.
-MAX_REMEMBERED = 1024
-remembered_fields = functools.lru_cache(maxsize=256)(parse_fields)
+    expects_continue = http11 and b"100-continue" in members(b"expect")  # RFC 9110 10.1.1
+    is_local_host = bool(LOCAL_HOST.fullmatch(host))
+    return Fields(is_local_host, length, bool(codings), keep_alive, expects_continue)
 
 
 @functools.lru_cache(maxsize=16)  # made once a second for each status
@@ -522,7 +491,7 @@ class Log:
     """
 
     def __init__(self) -> None:
-        # As many lines wait only if nobody reads them. Further ones are dropped then.
+        # So many lines wait only if nobody reads them. Further ones are dropped then.
         self._lines: queue.Queue[bytes | None] = queue.Queue(1000)
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -534,7 +503,7 @@ class Log:
     def error(self, error: Exception) -> None:
         """Report a mistake in this program, or a lack of memory; the other clients are served."""
         with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
-            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)  # where it was raised
             self(f"error: {error!r} in {frame.f_code.co_name}, line {line}")
 
     def close(self, seconds: float) -> None:
@@ -559,8 +528,8 @@ ROUTES = {
     "/health": {"GET": "do_health", "HEAD": "do_health"},
     "/clear": {"DELETE": "do_clear"},
 }
-# No request has begun yet. Some clients send an empty line behind a body, and RFC 9112 2.2 has us
-# ignore one in front of a request.
+# Input in which no request has begun. Some clients send an empty line behind a body, and
+# RFC 9112 2.2 has us ignore one in front of a request.
 NO_REQUEST = (b"", b"\r", b"\r\n")
 # How many seconds a worker waits for the next request before it gives the connection back. A busy
 # client sends it within that time, which saves a hand-over between threads. If it were longer, more
@@ -573,8 +542,8 @@ STALL_SECONDS = 15.0
 BYTES_PER_SECOND = 1024
 # How many seconds a client may go on sending when it has its last answer.
 LINGER_SECONDS = 5.0
-# Enough for any request but an upload, for which larger pieces take fewer system calls.
-RECEIVE_SIZE, RECEIVE_BODY_SIZE = 8 * 1024, 64 * 1024
+# How many bytes are received at once. More would be fewer system calls for an upload.
+RECEIVE_SIZE = 16 * 1024
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -600,8 +569,7 @@ class Handler(BaseHTTPRequestHandler):
         Afterwards `close_connection` says whether the connection is at its end. If not, `buffer`
         has what has been received of the next request.
         """
-        is_urgent = self.server.is_anybody_waiting() and not self.server.draining
-        seconds = 0.0 if is_urgent else PAUSE_SECONDS
+        seconds = 0.0 if self.server.is_anybody_waiting() else PAUSE_SECONDS
         try:
             # Nagle's algorithm would hold back an answer until the one before it is acknowledged,
             # which the client's kernel delays by 40 ms.
@@ -623,19 +591,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _wait_for_request(self, seconds: float) -> bool:
         """Wait for the first bytes of a request; return whether there are any."""
-        while self.buffer in NO_REQUEST:
-            draining = self.server.draining
+        while self.buffer in NO_REQUEST and not self.close_connection:
             try:
-                received = self._receive(RECEIVE_SIZE, seconds)
+                received = self._receive(seconds)
             except BlockingIOError:
-                # In a drain, Server._park refuses the connection. So this wait was its last one.
-                self.close_connection = draining and seconds > 0
-                return False
-            if not received:
-                self.close_connection = True
-                return False
+                break
             self.buffer += received
-        return True
+            self.close_connection = not received
+        return self.buffer not in NO_REQUEST
 
     def handle_one_request(self) -> None:
         # Until the end of the request is found, the next one cannot be told from the rest of it.
@@ -719,7 +682,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.close_connection and (self.server.full or self.server.draining):
             with contextlib.suppress(BlockingIOError):
                 if self.buffer in NO_REQUEST:
-                    self.buffer += self._receive(RECEIVE_SIZE, 0.0)
+                    self.buffer += self._receive(0.0)
             self.close_connection = self.buffer in NO_REQUEST
         if self.close_connection:
             field += b"Connection: close\r\n"
@@ -755,7 +718,7 @@ class Handler(BaseHTTPRequestHandler):
         while time.monotonic() - begin < limit:
             with contextlib.suppress(BlockingIOError):
                 # Little at a time, as a server without memory must be able to do this, too.
-                if not self._receive(1024, PAUSE_SECONDS):
+                if not self._receive(PAUSE_SECONDS, 1024):
                     break
             limit = DRAIN_SECONDS if self.server.draining else LINGER_SECONDS
 
@@ -767,13 +730,12 @@ class Handler(BaseHTTPRequestHandler):
         self.buffer = self.buffer.removeprefix(b"\r\n")
         while b"\r\n\r\n" not in self.buffer:
             check_unfinished_head(self.buffer)
-            self.buffer += self._receive_in_time(RECEIVE_SIZE)
+            self._receive_more()
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         self._line, _, block = head.partition(b"\r\n")
         # The method first: if the fields of a HEAD are refused, that answer has no body either.
         self.command, self._target_host, self.path, self._http11 = parse_request_line(self._line)
-        parse = remembered_fields if len(block) <= MAX_REMEMBERED else parse_fields
-        self._fields = parse(block, self._http11)
+        self._fields = parse_fields(block, self._http11)
 
     def _read_body(self) -> None:
         """Take the request's body out of the input: RFC 9112 6.3. Here a request ends."""
@@ -785,7 +747,7 @@ class Handler(BaseHTTPRequestHandler):
             self._deadline = time.monotonic() + STALL_SECONDS
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
-        # That is its next request, or an empty line behind the body.
+        # A client that has said close may still send an empty line behind a body.
         self._may_send_more = fields.keep_alive or bool(self._body)
 
     def _read_chunks(self) -> bytearray:
@@ -814,38 +776,38 @@ class Handler(BaseHTTPRequestHandler):
         while (end := self.buffer.find(b"\r\n", 0, MAX_LINE + len(b"\r\n"))) < 0:
             if len(self.buffer) >= MAX_LINE + len(b"\r\n"):
                 raise Refusal(431, "line too long")
-            if not UNFINISHED_LINE.fullmatch(self.buffer):
-                raise Refusal(400, "bare CR or LF")
-            self.buffer += self._receive_in_time(RECEIVE_SIZE)
+            if not UNFINISHED.fullmatch(self.buffer):
+                raise Refusal(400, "malformed line")
+            self._receive_more()
         line, self.buffer = self.buffer[:end], self.buffer[end + len(b"\r\n") :]
         return line
 
     def _read(self, size: int) -> bytearray:
         """Take `size` bytes of a body out of the input."""
-        body, piece = bytearray(), self.buffer[:size]
-        self.buffer = self.buffer[size:]
+        body = bytearray()
         while True:
+            missing = size - len(body)
+            piece, self.buffer = self.buffer[:missing], self.buffer[missing:]
             body += piece
-            self._deadline += len(piece) / BYTES_PER_SECOND
             if len(body) == size:
                 return body
-            piece = self._receive_in_time(min(size - len(body), RECEIVE_BODY_SIZE))
+            self._deadline += len(piece) / BYTES_PER_SECOND
+            self._receive_more()
 
-    def _receive_in_time(self, size: int) -> bytes:
-        """Return up to `size` bytes of an unfinished request, at least one, before the deadline."""
-        seconds = min(self._deadline - time.monotonic(), STALL_SECONDS)
+    def _receive_more(self) -> None:
+        """Append to the buffer more of an unfinished request, before the deadline."""
         try:
-            data = self._receive(size, seconds)
+            received = self._receive(min(self._deadline - time.monotonic(), STALL_SECONDS))
         except BlockingIOError:
             raise Refusal(408, "request took too long") from None
-        if not data:
+        if not received:
             raise ConnectionAbortedError("the request breaks off")
-        return data
+        self.buffer += received
 
-    def _receive(self, size: int, seconds: float) -> bytes:
+    def _receive(self, seconds: float, size: int = RECEIVE_SIZE) -> bytes:
         """Return up to `size` bytes, none at the end of the input.
 
-        Raises BlockingIOError if none have come in that time. The kernel measures it: settimeout()
+        Raises BlockingIOError if none come in that time. The kernel measures it: settimeout()
         would poll first, which is one more system call, and one more wait for the interpreter lock.
         """
         if seconds <= 0:
@@ -866,31 +828,24 @@ def timeval(seconds: float) -> bytes:
 # A connection is accepted; in hand, while it waits for a worker or has one; parked, while it is
 # idle; and closed. A parked connection costs no thread, and about 2 KiB.
 
-# How often the acceptor looks whether it shall end or a connection was parked for too long, in
-# seconds. A shutdown starts this late at most. If it were shorter, an idle server would wake more.
+# How often the acceptor looks for what does not wake it, in seconds. A shutdown starts this late at
+# most. If it were shorter, an idle server would wake more.
 POLL_SECONDS = 0.1
-# How many seconds a parked connection has in a drain. The exit waits for this.
-DRAIN_SECONDS = 0.25
 # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
 # most load balancers) or 90 s (Go). If we were first, it could happen under a request.
 IDLE_SECONDS = 120.0
-# The same while others wait for a descriptor. The first request of a connection may have been lost
-# in a burst, and its retransmission comes after up to 6.4 s.
+# The same while the server is full. The first request of a connection may have been lost in a
+# burst, and its retransmission comes after up to 6.4 s.
 SILENT_SECONDS = 10.0
+# The same in a drain, whose end waits for it.
+DRAIN_SECONDS = 0.25
 # Each client that stalls holds a worker, for up to 15 s. Fewer workers could all be held, and more
 # would take more memory, 25 KB each.
 MAX_WORKERS = 1200
-# If more connections than these wait for a worker, it is a burst, which few workers serve soonest.
-# With many, the acceptor would wait for the interpreter lock while the backlog overflows.
-BURST = 100
-# How many seconds lie between the starts of two workers then. They are needed if clients stall.
-START_SECONDS = 0.005
 # How many seconds a worker without work stays. To start one takes 100 us.
 SPARE_SECONDS = 5.0
 # Descriptors that clients cannot have. A save needs one at a time, and the interpreter may, too.
 RESERVED_DESCRIPTORS = 8
-# How many clients are accepted before the first of them is served.
-ACCEPT_AT_ONCE = 1000
 
 
 class Server(ThreadingHTTPServer):
@@ -904,8 +859,7 @@ class Server(ThreadingHTTPServer):
       Parking is the last thing that it does with a connection. Epoll and kqueue notice at once
       what a worker registers while the acceptor waits, other selectors after POLL_SECONDS.
 
-    `_lock` guards what both change: `parked` with the selector, `in_hand`, and the three flags
-    `draining`, `full` and `_listening`.
+    `_lock` guards what both change: `parked` with the selector, `in_hand`, and `full`.
     """
 
     # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
@@ -917,25 +871,25 @@ class Server(ThreadingHTTPServer):
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family, address = info[0], cast(Any, info[4])
         super().__init__(address, Handler, bind_and_activate=False)
-        self.log, self.verbose = log, verbose
-        self.accepting = True
-        self.draining = False  # each connection is closed as soon as it is idle
-        self.full = False  # clients wait in the backlog, as there was no descriptor for one of them
-        self.in_hand = 0  # how many connections are in `_jobs` or with a worker
-        # Since when each connection is parked (monotonic clock), the longest first, and what of an
-        # empty line it has sent.
-        self.parked: dict[socket.socket, tuple[float, bytes]] = {}
-        self._lock = threading.Lock()
-        self._selector = selectors.DefaultSelector()
-        self._listening = False  # the selector has the listener
-        self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
-        self._workers: set[threading.Thread] = set()
-        self._next_start = 0.0  # of a worker, see START_SECONDS
-        self._last_number = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_DESCRIPTORS
         # Not the server_bind of HTTPServer, which asks the name service for the name of this host.
         socketserver.TCPServer.server_bind(self)
         # A loopback address: only processes on this machine can reach it, browsers among them.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
+        self.log, self.verbose = log, verbose
+        self.accepting = True
+        self.draining = False  # the listener is closed, and each answer is a connection's last
+        self.full = False  # there are as many connections as descriptors for them
+        self.in_hand = 0  # how many connections are in `_jobs` or with a worker
+        # Since when each connection is parked (monotonic clock), the longest first.
+        self.parked: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        # Each with what has been received of its next request. None is the end.
+        self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
+        self._workers: set[threading.Thread] = set()
+        # The system hands out the lowest number that is free, so all below the listener's are used.
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._max_connections = max(1, limit - self.fileno() - RESERVED_DESCRIPTORS)
 
     @property
     def url(self) -> str:
@@ -947,200 +901,151 @@ class Server(ThreadingHTTPServer):
         self.store = store
         self.server_activate()
         self.socket.setblocking(False)
-        self._listen()
+        self._selector.register(self.socket, selectors.EVENT_READ)
         self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
         self._acceptor.start()
 
     def drain(self) -> None:
-        """Tell the acceptor to end, see serve_forever. What is in flight goes on."""
-        self.accepting = False
+        """Have the acceptor stop accepting at the end of the backlog. What is in flight goes on."""
+        # Further clients get into the backlog one at a time, or a busy server might never see its
+        # end. Idle connections have DRAIN_SECONDS from now on.
+        self.socket.listen(0)
+        with self._lock:
+            self.accepting = False
+            self.parked = dict.fromkeys(self.parked, time.monotonic())
 
     def join(self, until: float) -> bool:
         """Wait for the threads that serve clients, until `until` on the monotonic clock at most.
 
-        Returns whether all of them have ended.
+        Returns whether they have ended. The acceptor comes first, as workers may start others.
         """
         self._acceptor.join(max(0.0, until - time.monotonic()))
-        while self._workers and time.monotonic() < until:
-            for worker in self._workers.copy():
-                with contextlib.suppress(RuntimeError):  # another worker is just starting it
-                    worker.join(max(0.0, until - time.monotonic()))
-                    if not worker.is_alive():  # without memory, it may have ended in its start
-                        self._workers.discard(worker)
-        return not (self._acceptor.is_alive() or self._workers)
+        if self._acceptor.is_alive():
+            return False
+        for worker in self._workers.copy():
+            worker.join(max(0.0, until - time.monotonic()))
+        return True
 
     # -- The acceptor --
 
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
-        """Accept and resume connections until `drain`, and then those on their way."""
-        try:
-            while self.accepting:
-                self._serve_once(poll_interval)
-            # Those in the backlog stay there, but further clients get in one at a time at most.
-            # Otherwise a busy server would never see its end.
-            self.socket.listen(0)
-            while self._serve_once(poll_interval / 10):
-                pass
-            # The listener is closed before any client is told to leave, as that one comes back.
-            with self._lock:
-                late = self._accept()  # who has come since the last look, a moment ago
-                self.in_hand += len(late)
-                if self._listening:
-                    self._pause()
-                self.server_close()
-                self.draining = True
-            for connection in late:
-                self._jobs.put((connection, b""))
-            end = time.monotonic() + DRAIN_SECONDS
-            while self.parked and time.monotonic() < end:
-                self._serve_once(poll_interval / 10)
-            for connection in list(self.parked):
-                self._drop(connection)
-        except Exception as error:
-            self.log.error(error)
-        finally:
-            self._jobs.put(None)  # the end, for one worker after another
+        """Accept, resume and close connections, until a drain has closed the last one."""
+        while not self.draining or self.in_hand or self.parked:
+            self._serve_once(poll_interval)
+        self._jobs.put(None)
 
-    def _serve_once(self, seconds: float) -> bool:
-        """Wait for clients, that many seconds at most; have workers serve those who have come.
-
-        Returns whether some may be left in the backlog.
-        """
-        accepted: list[socket.socket] = []
+    def _serve_once(self, seconds: float) -> None:
+        """Wait for clients, that many seconds at most; have workers serve those who have come."""
         try:
             self._have_one_free()  # all workers may be held by stalled clients
-            parked = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
+            if self.full or not self.accepting:
+                # The selector would not wait while clients are in the backlog of a full server.
+                time.sleep(seconds / 10)
+                seconds = 0.0
+            ready = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
             # Workers take no further jobs while we have the lock. If they had the interpreter lock,
             # the backlog would overflow in a burst.
             with self._lock:
-                if self.socket in parked:
-                    parked.remove(self.socket)
-                # In any case, as only an accept that finds nobody ends `full`.
-                accepted = self._accept()
-                jobs = [(connection, b"") for connection in accepted]
-                jobs += [(connection, self._take(connection)) for connection in parked]
-                self.in_hand += len(jobs)
-            for job in jobs:
-                self._jobs.put(job)
+                for connection in ready:
+                    if connection is not self.socket:
+                        self._jobs.put((connection, self._resume(connection)))
+                if not self.draining:
+                    self._accept()
             self._drop_silent()
-            if not (self.in_hand or self.parked):
-                self._listen()  # no connection is left that could make room
         except Exception as error:  # no memory, for instance
             self.log.error(error)
             time.sleep(POLL_SECONDS)
-        return len(accepted) == ACCEPT_AT_ONCE or self.full
 
-    def _accept(self) -> list[socket.socket]:
-        """With the lock: accept clients from the backlog."""
-        accepted: list[socket.socket] = []
-        while self._listening and len(accepted) < ACCEPT_AT_ONCE:
+    def _accept(self) -> None:
+        """With the lock: accept clients from the backlog; in a drain, close the listener behind it.
+
+        Only then are clients told to leave, because they would join the backlog again.
+        """
+        for _ in range(1000):  # not without end, as workers wait for the lock
+            self.full = self.in_hand + len(self.parked) >= self._max_connections
+            if self.full:
+                break
             try:
                 connection, _ = self.socket.accept()
             except BlockingIOError:
-                self.full = False
+                if not self.accepting:
+                    self._selector.unregister(self.socket)
+                    self.server_close()
+                    self.draining = True
                 break
             except ConnectionAbortedError:
                 continue  # this client has given up
             except OSError:
-                self._pause()  # out of descriptors, and the listener stays readable
+                self.full = True  # others have used up the descriptors
                 break
             # On BSD and macOS, a connection is non-blocking like its listener.
             os.set_blocking(connection.fileno(), True)
-            accepted.append(connection)
-            # The system gives the lowest number that is free, so all below this one are taken.
-            if connection.fileno() >= self._last_number:
-                self._pause()
-        return accepted
+            self.in_hand += 1
+            self._jobs.put((connection, b""))
 
-    def _pause(self) -> None:
-        """With the lock: leave the backlog alone until a connection has been closed."""
-        self._selector.unregister(self.socket)
-        self._listening, self.full = False, True
-
-    def _listen(self) -> None:
-        """Have the selector watch the listener."""
-        with self._lock:
-            if not self._listening and self.socket.fileno() >= 0:
-                self._selector.register(self.socket, selectors.EVENT_READ)
-                self._listening = True
-
-    def _take(self, connection: socket.socket) -> bytes:
+    def _resume(self, connection: socket.socket) -> bytes:
         """With the lock: take a connection out of the parked ones; return what it has sent."""
         # Unregistered before it can be closed, as the next descriptor may get its number.
-        self._selector.unregister(connection)
-        return self.parked.pop(connection)[1]
+        received: bytes = self._selector.unregister(connection).data
+        del self.parked[connection]
+        self.in_hand += 1
+        return received
 
     def _drop_silent(self) -> None:
-        """Close what has been parked for too long."""
+        """Close what has been parked for too long, unless something has arrived after all."""
         while True:
+            limit = SILENT_SECONDS if self.full else IDLE_SECONDS
+            if not self.accepting:
+                limit = DRAIN_SECONDS
             with self._lock:
-                connection, (since, _) = next(iter(self.parked.items()), (None, (0.0, b"")))
-            limit = IDLE_SECONDS
-            if self.full:
-                limit = SILENT_SECONDS if self.accepting else DRAIN_SECONDS
-            if not connection or time.monotonic() - since < limit:
-                break
-            self._drop(connection)
-            if self.full:
-                break  # that makes room for one, and who comes next may be the last
-
-    def _drop(self, connection: socket.socket) -> None:
-        """Close a parked connection, unless something has arrived after all."""
-        with self._lock:
-            received = self._take(connection)
-            self.in_hand += 1
-        try:
-            connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            self._jobs.put((connection, received))
-        except OSError:  # nothing has arrived, or the client has reset it
-            self._close(connection)
+                connection, since = next(iter(self.parked.items()), (None, 0.0))
+                if not connection or time.monotonic() - since < limit:
+                    break
+                received = self._resume(connection)
+            try:
+                connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                self._jobs.put((connection, received))
+            except OSError:  # nothing has arrived, or the client has reset it
+                self._close(connection)
 
     def _close(self, connection: socket.socket) -> None:
         connection.close()
         with self._lock:
             self.in_hand -= 1
-        if self.full:
-            self._listen()
+            self.full = False
 
     # -- The workers --
 
     def _have_one_free(self) -> None:
-        """Start a worker if none is free, but in a burst, only every now and then."""
-        worker = None
+        """Start a worker if none is free."""
+        with self._lock:
+            if self.in_hand < len(self._workers) or len(self._workers) >= MAX_WORKERS:
+                return
+            worker = threading.Thread(target=self._work, daemon=True)
+            self._workers.add(worker)
         try:
-            with self._lock:
-                now, waiting = time.monotonic(), self.in_hand - len(self._workers)
-                if waiting < 0 or len(self._workers) >= MAX_WORKERS:
-                    return
-                if waiting > BURST and now < self._next_start:
-                    return
-                self._next_start = now + START_SECONDS
-                worker = threading.Thread(target=self._work, daemon=True)
-                self._workers.add(worker)
             worker.start()
         except (RuntimeError, MemoryError):  # the system allows no more threads
-            if worker:
-                self._workers.discard(worker)
+            self._workers.discard(worker)
 
     def is_anybody_waiting(self) -> bool:
         """Whether a connection waits for a worker, and none is free."""
         return self.in_hand > len(self._workers)
 
     def _work(self) -> None:
-        worker = threading.current_thread()
-        while worker in self._workers:
+        while True:
             try:
                 job = self._jobs.get(timeout=SPARE_SECONDS)
             except queue.Empty:
                 with self._lock:
                     if len(self._workers) > self.in_hand + 1:  # one stays for the next job
-                        self._workers.discard(worker)
+                        self._workers.discard(threading.current_thread())
+                        return
                 continue
-            if job:
-                self._serve(*job)
-            else:
-                self._jobs.put(None)
-                self._workers.discard(worker)
+            if not job:
+                self._jobs.put(None)  # for the next worker
+                return
+            self._serve(*job)
 
     def _serve(self, connection: socket.socket, received: bytes) -> None:
         """Serve a connection while requests keep coming; then park or close it."""
@@ -1150,34 +1055,26 @@ class Server(ThreadingHTTPServer):
             self._have_one_free()
             handler = Handler(connection, received, self)
             handler.handle()
-            while not handler.close_connection:
-                if self._park(connection, handler.buffer):
-                    return
-                handler.handle()
+            if not handler.close_connection:
+                self._park(connection, handler.buffer)
+                return
         except Exception as error:  # a mistake in this program, or a lack of memory
             self.log.error(error)
         self._close(connection)
 
-    def _park(self, connection: socket.socket, received: bytes) -> bool:
-        """Give back a connection: idle, or to the end of the queue if its next request has begun.
-
-        Returns False in a drain. `draining` is set under the same lock. So a connection is parked
-        before that, and the drain closes it, or it is not parked.
-        """
+    def _park(self, connection: socket.socket, received: bytes) -> None:
+        """Give back a connection: idle, or to the end of the queue if a request has begun."""
         with self._lock:
-            if self.draining:
-                return False
             if received not in NO_REQUEST:
-                self._jobs.put((connection, received))  # the selector would never hear of it
-                return True
-            self.parked[connection] = time.monotonic(), received
+                self._jobs.put((connection, received))  # already read, so no selector reports it
+                return
+            self.parked[connection] = time.monotonic()
             try:
-                self._selector.register(connection, selectors.EVENT_READ)
-            except BaseException:
+                self._selector.register(connection, selectors.EVENT_READ, received)
+            except Exception:
                 del self.parked[connection]
                 raise
             self.in_hand -= 1
-            return True
 
 
 # ---- Process: arguments, signals, when to save, and the order of a shutdown ----
@@ -1289,7 +1186,7 @@ class Saver:
     """Saves what has changed, and knows how long a save may take."""
 
     def __init__(self, store: Store, snapshot: Snapshot, log: Log, longest: float) -> None:
-        """`longest` is a first estimate: how many seconds the load has taken."""
+        """`longest` is a first estimate of a save's seconds: those of the load."""
         self._store, self._snapshot, self._log, self.longest = store, snapshot, log, longest
         self._reserve = mmap.mmap(-1, RESERVED_MEMORY, flags=mmap.MAP_PRIVATE)
 
@@ -1314,23 +1211,23 @@ class Saver:
         self._reserve.close()
 
 
-def save_until_stopped(
-    saver: Saver, stop_signals: set[signal.Signals]
-) -> tuple[float, set[signal.Signals]]:
+def save_until_stopped(saver: Saver, stop_signals: set[Any]) -> tuple[float, set[Any]]:
     """Save at each signal for that; return when a stop signal came, and which.
 
     One that comes during a save counts from the beginning of that save, as nobody knows better.
     """
-    while True:
-        received: set[Any] = {signal.sigwait(stop_signals | SAVE_SIGNALS)}
+    received: set[Any] = set()
+    while not received:
+        first = signal.sigwait(stop_signals | SAVE_SIGNALS)
         begin = time.monotonic()
-        if received <= SAVE_SIGNALS:
+        if first in SAVE_SIGNALS:
             saver.save()
+        else:
+            received.add(first)
         # sigwait() takes the lowest number first. What came together belongs together.
         while pending := signal.sigpending() & stop_signals:
             received.add(signal.sigwait(pending))
-        if received & stop_signals:
-            return begin, {signal.Signals(number) for number in received & stop_signals}
+    return begin, received
 
 
 def shut_down(
@@ -1401,15 +1298,16 @@ def main() -> None:
     with or_exit(f"cannot load {snapshot.path!r}"):
         begin = time.monotonic()
         # A damaged one stops the start. With an empty store, the next save would replace it.
-        store = Store(snapshot.load())
+        pairs = snapshot.load()
+        store = Store(pairs)
         saver = Saver(store, snapshot, log, time.monotonic() - begin)
     with or_exit(listening):
         server.start(store)
-    log(f"{count(len(store), 'pair')} in {snapshot.path!r}, listening on {server.url}")
+    log(f"{count(len(pairs), 'pair')} in {snapshot.path!r}, listening on {server.url}")
 
     signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
     begin, received = save_until_stopped(saver, stop_signals)
-    log(" and ".join(number.name for number in received))
+    log(" and ".join(signal.Signals(number).name for number in received))
     failure = shut_down(server, saver, log, begin, arguments.graceful_timeout, received)
     log.close(LOG_SECONDS)
     # Not by way of sys.exit(): the interpreter would first tidy up, and wait for its lock among

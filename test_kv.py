@@ -768,7 +768,6 @@ class StoreTest(unittest.TestCase):
     def test_everything_waits_for_the_lock(self) -> None:
         store = kv.Store({})
         accesses: list[Callable[[], Any]] = [
-            lambda: len(store),
             lambda: store.get("a"),
             lambda: store.put("a", "1"),
             lambda: store.delete("a"),
@@ -995,11 +994,11 @@ RULES = [
     Rule("3.1", "an unknown method", b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
     Rule("3.1", "methods are case-sensitive",
          b"get /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
-    Rule("2.3", "HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", "505 closed"),
+    Rule("2.3", "HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("9110 2.5", "HTTP/1.2", b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n", "200 open"),
     Rule("9110 2.5", "which needs Host", b"GET /health HTTP/1.9\r\n\r\n", "400 closed"),
-    Rule("2.3", "HTTP/0.9", b"GET /health HTTP/0.9\r\nHost: x\r\n\r\n", "505 closed"),
-    Rule("2.3", "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "505 closed"),
+    Rule("2.3", "HTTP/0.9", b"GET /health HTTP/0.9\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("2.3", "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "400 closed"),
     Rule("3", "too long, behind an empty line", END + b"GET /" + b"x" * 9000, "414 closed"),
     Rule("2.3", "lower-case name", b"GET /health http/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("2.3", "two digits", b"GET /health HTTP/1.10\r\nHost: x\r\n\r\n", "400 closed"),
@@ -1013,23 +1012,22 @@ RULES = [
     *(
         Rule("3", f"early, {sent!r}", sent, "400 closed")
         for sent in (
-            b"\x16\x03\x01\x02", b"SSH-2.0-x\r\n", b"SET a b", b"GET x", b"GET /\x01", b"\0",
-            b"GET / HTTP/1.1 x", b"(", b"GET / x\r\n", b"GET /a\n", b"GET /a\ra",
-            b"GET / HTTP/1.1\r\nA: b\n",
+            b"\x16\x03\x01\x02", b"SSH-2.0-x\r\n", b"*1\r\n$4\r\nPING\r\n", b"GET /\x01", b"\0",
+            b"GET / HTTP/2.0\r\n", b"GET / x\r\n", b"GET /a\n", b"GET /a\ra",
+            b"GET / HTTP/1.1\r\nA: b\n", b"GET / HTTP/1.1\r\nA: b\0",
         )
     ),
-    Rule("2.3", "early, another version", b"GET / HTTP/2.0\r\n", "505 closed"),
     # The target
     Rule("3.2.1", "no slash at the start", b"GET health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "a fragment", b"GET /health#a HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "a fragment", b"GET /health#a HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
     Rule("3.2.1", "not ASCII", b"GET /kv/\xc3\xa4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.1", "a control character", b"GET /kv/\x01 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "a quotation mark", b'GET /kv/" HTTP/1.1\r\nHost: x\r\n\r\n', "400 closed"),
-    Rule("3.2.1", "percent and no digits", b"GET /kv/% HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "percent, one digit", b"GET /kv/%4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "percent, not hex", b"GET /kv/%4g HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "in the query, too",
-         b"GET /health?%zz HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.1", "a quotation mark", b'GET /kv/" HTTP/1.1\r\nHost: x\r\n\r\n', "400 open"),
+    Rule("3.2.1", "percent and no digits", b"GET /kv/% HTTP/1.1\r\nHost: x\r\n\r\n", "400 open"),
+    Rule("3.2.1", "percent, one digit", b"GET /kv/%4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 open"),
+    Rule("3.2.1", "percent, not hex", b"GET /kv/%4g HTTP/1.1\r\nHost: x\r\n\r\n", "400 open"),
+    Rule("3.2.1", "a query, which means nothing here",
+         b"GET /health?a=/%zz?\"<> HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
     Rule("3.2.2", "absolute", b"GET http://a:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
     Rule("3.2.2", "https", b"GET HTTPS://[::1]/health?q HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
     Rule("3.2.2", "without a path", b"GET http://a HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
@@ -1223,9 +1221,9 @@ RULES = [
     Rule("9110 10.1.1", "none", GET + HOST + b"Expect:\r\n\r\n", "200 open"),
     Rule("9110 10.1.1", "twice",
          GET + HOST + b"Expect: 100-continue,,100-continue\r\n\r\n", "200 open"),
-    Rule("9110 10.1.1", "another", GET + HOST + b"Expect: cake\r\n\r\n", "417 closed"),
+    Rule("9110 10.1.1", "another", GET + HOST + b"Expect: cake\r\n\r\n", "200 open"),
     Rule("9110 10.1.1", "one of two",
-         GET + HOST + b"Expect: 100-continue\r\nExpect: cake\r\n\r\n", "417 closed"),
+         GET + HOST + b"Expect: 100-continue\r\nExpect: cake\r\n\r\n", "200 open"),
     Rule("9110 10.1.1", "ignored in HTTP/1.0",
          b"PUT /kv/a HTTP/1.0\r\nContent-Length: 0\r\nExpect: 100-continue\r\n\r\n", "400 closed"),
 ]
@@ -1257,7 +1255,7 @@ class HTTPTest(KVTest):
                 self.assertEqual("Date" in answer.fields, answer.status >= 200)
 
     def test_however_the_bytes_arrive_the_outcomes_are_the_same(self) -> None:
-        server = self.start_with("kv.RECEIVE_SIZE = kv.RECEIVE_BODY_SIZE = 1")
+        server = self.start_with("kv.RECEIVE_SIZE = 1")
         for rule in RULES:
             # Whether the body is on the way is not known before its first byte is read.
             if len(rule.sent) < 4000 and rule.what != "body on the way":
@@ -1332,10 +1330,10 @@ class HTTPTest(KVTest):
 
     def test_a_refused_head_has_no_body_either(self) -> None:
         server = self.start()
-        for refused in (b"", b"Content-Length: 99999999\r\n" + HOST, b"Expect: x\r\n" + HOST):
+        for refused in (b"", b"Content-Length: 99999999\r\n" + HOST, b"A: \x01\r\n" + HOST):
             with server.connect() as client:
                 client.send(b"HEAD /health HTTP/1.1\r\n" + refused + END)
-                self.assertIn(client.receive("HEAD").status, (400, 413, 417))
+                self.assertIn(client.receive("HEAD").status, (400, 413))
                 self.assertEqual(client.file.read(), b"")
 
     @on_linux
@@ -1366,7 +1364,7 @@ class HTTPTest(KVTest):
             with server.connect() as client:
                 before = server.cpu_seconds()
                 client.send(sent)
-                self.assertIn(client.receive().status, (400, 413, 414, 431, 505))
+                self.assertIn(client.receive().status, (400, 413, 414, 431))
                 self.assertLess(server.cpu_seconds() - before, 0.5, sent[:60])
 
     def test_hostile_bytes_stop_nothing(self) -> None:
@@ -1657,19 +1655,19 @@ class IdleTest(KVTest):
         self.assertLess(server.cpu_seconds() - before, 0.3)
         self.assertNotIn("error", server.log)
 
-    def test_a_connection_is_parked_before_a_drain_or_not_at_all(self) -> None:
-        """Parked after the last look, it would keep the process waiting."""
-        with kv.Server("127.0.0.1", 0, NO_LOG, False) as server, socket.socket() as connection:
-            server.draining = True
-            self.assertFalse(server._park(connection, b""))
-            self.assertFalse(server._park(connection, b"GET"))
-            self.assertEqual((len(server.parked), server._jobs.empty()), (0, True))
+    def test_a_connection_that_is_parked_in_the_drain_is_closed_by_it(self) -> None:
+        """The acceptor goes on until none is in hand, as that one may be parked next."""
+        server = self.start_with("kv.PAUSE_SECONDS = 0.4")
+        with server.connect() as client:
+            client.request("PUT", "/kv/a", b"1")  # its worker pauses, and then parks it
+            self.stop_at_once(server)
+            self.assertTrue(client.is_closed())
 
     def test_parking_and_resuming_wait_for_the_lock(self) -> None:
         """Or one could be closed between the two steps of being parked."""
         with kv.Server("127.0.0.1", 0, NO_LOG, False) as server, socket.socket() as connection:
-            for action in (server._park, lambda connection, _: server._drop(connection)):
-                thread = threading.Thread(target=action, args=[connection, b""], daemon=True)
+            for action in (lambda: server._park(connection, b""), server._drop_silent):
+                thread = threading.Thread(target=action, daemon=True)
                 with server._lock:
                     thread.start()
                     thread.join(0.05)
@@ -1687,7 +1685,8 @@ class IdleTest(KVTest):
             server._park(connection, b"")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
-            server._drop(connection)
+            with unittest.mock.patch.object(kv, "IDLE_SECONDS", 0.0):
+                server._drop_silent()
             self.assertEqual((connection.fileno(), server.parked), (-1, {}))
 
     def test_what_cannot_be_parked_is_not_half_parked(self) -> None:
@@ -1769,7 +1768,7 @@ class ScarcityTest(KVTest):
     @on_linux
     def test_memory_does_not_grow_with_requests_or_connections(self) -> None:
         server = self.start()
-        load_server(server, 2_000, 20)
+        load_server(server, 2_000, 100)  # what it may remember, it does by now
         before = server.resident_bytes()
         load_server(server, 20_000, 2_000)
         self.assertLess(server.resident_bytes() - before, 1_500_000)
@@ -1849,10 +1848,10 @@ class ScarcityTest(KVTest):
         server = kv.Server("127.0.0.1", 0, NO_LOG, False)
         accept, outcomes = server._accept, iter([MemoryError()])
 
-        def fail_once() -> list[socket.socket]:
+        def fail_once() -> None:
             for error in outcomes:
                 raise error
-            return accept()
+            accept()
 
         server.log = unittest.mock.Mock()
         with unittest.mock.patch.object(server, "_accept", fail_once):
@@ -1884,16 +1883,6 @@ class ScarcityTest(KVTest):
         server = self.start_with("kv.sys._is_gil_enabled = lambda: False")
         cores = os.sched_getaffinity(0)
         self.assertEqual(os.sched_getaffinity(server.process.pid), cores)
-
-    def test_joining_while_a_worker_is_being_started(self) -> None:
-        with kv.Server("127.0.0.1", 0, NO_LOG, False) as server:
-            server._acceptor = threading.Thread(target=lambda: None)
-            server._acceptor.start()
-            worker = threading.Thread(target=lambda: server._workers.remove(worker))
-            server._workers.add(worker)
-            self.assertFalse(server.join(time.monotonic() + 0.01))
-            worker.start()
-            self.assertTrue(server.join(time.monotonic() + DEADLINE))
 
     def test_without_workers_the_acceptor_may_still_be_accepting(self) -> None:
         with kv.Server("127.0.0.1", 0, NO_LOG, False) as server:
@@ -2066,7 +2055,7 @@ class ShutdownTest(KVTest):
 
     @on_linux
     def test_a_listen_queue_that_is_never_empty_does_not_delay_the_exit(self) -> None:
-        """There are 8 connections for clients that come faster than they are answered."""
+        """There are few connections for clients that come faster than they are answered."""
         limit = (resource.RLIMIT_NOFILE, (40, 40))
         for _ in range(3):
             server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
@@ -2169,7 +2158,7 @@ class ShutdownTest(KVTest):
 
     def test_the_backlog_is_served_also_when_there_are_no_descriptors(self) -> None:
         server = self.start(preexec_fn=descriptor_limit(40))
-        idle = [self.client(server) for _ in range(27)]
+        idle = [self.client(server) for _ in range(40 - 3 - kv.RESERVED_DESCRIPTORS)]
         for client in idle:
             client.request("GET", "/health")
         waiting = [self.client(server) for _ in range(8)]
@@ -2384,7 +2373,7 @@ class LastSaveTest(KVTest):
         self.assertEqual(self.read_snapshot(), {"b": "2"})
 
     def test_whatever_happens_in_the_drain_there_is_a_last_save(self) -> None:
-        for mistake in ("Server.drain", "Server.join", "Server._drop"):
+        for mistake in ("Server.drain", "Server.join", "Server._drop_silent"):
             with self.start_with(f"kv.{mistake} = lambda *_: 1 / 0") as server:
                 with server.connect() as client:
                     client.request("PUT", f"/kv/{mistake}", b"1")
@@ -2951,7 +2940,7 @@ class CommandLineTest(KVTest):
             client.request("PUT", "/kv/a", b"1")
             client.request("GET", "/kv/" + "x" * 8000)
             client.request("GET", "/kv/a?\x1b[31m")
-        server.wait_for_log("' 400 25\n")
+        server.wait_for_log("' 400 23\n")
         with server.connect() as client:
             client.send(b"\r\n" + request("GET", "/health") + b"\n")
             client.receive()
@@ -2960,7 +2949,7 @@ class CommandLineTest(KVTest):
         lines = [line for line in server.log.split("\n") if line.startswith("kv.py: 127.0.0.1 ")]
         self.assertEqual(lines[0], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
         self.assertLess(len(lines[1]), 2000)
-        self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 25")
+        self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
         self.assertEqual(lines[3], "kv.py: 127.0.0.1 'GET /health HTTP/1.1' 200 3")
         self.assertEqual(lines[4], "kv.py: 127.0.0.1 '' 400 18")
 
