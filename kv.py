@@ -525,8 +525,8 @@ class Log:
 # `_answer` leaves the body out.
 ROUTES = {
     "/kv/": {"GET": "do_GET", "HEAD": "do_GET", "PUT": "do_PUT", "DELETE": "do_DELETE"},
-    "/health": {"GET": "do_health", "HEAD": "do_health"},
     "/clear": {"DELETE": "do_clear"},
+    "/health": {"GET": "do_health", "HEAD": "do_health"},
 }
 # Input in which no request has begun. Some clients send an empty line behind a body, and
 # RFC 9112 2.2 has us ignore one in front of a request.

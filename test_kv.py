@@ -767,16 +767,18 @@ class StoreTest(unittest.TestCase):
 
     def test_everything_waits_for_the_lock(self) -> None:
         store = kv.Store({})
-        accesses: list[Callable[[], Any]] = [
-            lambda: store.get("a"),
-            lambda: store.put("a", "1"),
-            lambda: store.delete("a"),
-            store.clear,
-            store.close,
-            lambda: store.save(lambda pairs: None),
-        ]
-        for access in accesses:
-            thread = threading.Thread(target=access, daemon=True)
+        arguments: dict[str, tuple[Any, ...]] = {
+            "get": ("a",),
+            "put": ("a", "1"),
+            "delete": ("a",),
+            "clear": (),
+            "close": (),
+            "save": (lambda pairs: None,),
+        }
+        self.assertEqual(set(arguments), {name for name in vars(kv.Store) if name[0] != "_"})
+        for name in arguments:
+            access = getattr(store, name)
+            thread = threading.Thread(target=access, args=arguments[name], daemon=True)
             with store._lock:
                 thread.start()
                 thread.join(0.02)
@@ -872,7 +874,7 @@ class APITest(unittest.TestCase):
 
     def test_head_is_get_without_the_body(self) -> None:
         self.client.request("PUT", "/kv/head", b"value")
-        for path in ("/kv/head", "/kv/none", "/kv/", "/health", "/other", "/clear"):
+        for path in ("/kv/head", "/kv/none", *kv.ROUTES, "/other"):
             head = self.client.request("HEAD", path)
             get = self.client.request("GET", path)
             self.assertEqual(head.status, get.status)
@@ -899,20 +901,23 @@ class APITest(unittest.TestCase):
         self.check(self.client.receive(), 400, b"malformed request\n")
 
     def test_other_methods_are_not_allowed(self) -> None:
-        kv_methods = "GET, HEAD, PUT, DELETE"
-        for method in ("POST", "PATCH", "OPTIONS", "TRACE", "get", "QUERY"):
-            for path in ("/kv/a", "/kv/", "/kv/a%20b"):
-                answer = self.client.request(method, path, b"value")
-                self.check(answer, 405, b"method not allowed\n")
-                self.assertEqual(answer.fields["Allow"], kv_methods)
-        for method in ("GET", "POST", "PUT", "PATCH"):
-            answer = self.client.request(method, "/clear", b"value")
-            self.check(answer, 405, b"method not allowed\n")
-            self.assertEqual(answer.fields["Allow"], "DELETE")
-        for method in ("POST", "PUT", "DELETE"):
-            answer = self.client.request(method, "/health")
-            self.check(answer, 405, b"method not allowed\n")
-            self.assertEqual(answer.fields["Allow"], "GET, HEAD")
+        for path, methods in kv.ROUTES.items():
+            self.assertEqual("GET" in methods, "HEAD" in methods)
+            keys = ("", "a", "a%20b") if path == "/kv/" else ("",)
+            for method in {"GET", "PUT", "DELETE", "POST", "PATCH", "OPTIONS", "get"} - set(
+                methods
+            ):
+                for key in keys:
+                    answer = self.client.request(method, path + key, b"value")
+                    self.check(answer, 405, b"method not allowed\n")
+                    self.assertEqual(answer.fields["Allow"], ", ".join(methods))
+
+    def test_the_documents_name_every_route(self) -> None:
+        readme = (HERE / "README.md").read_text()
+        for path, methods in kv.ROUTES.items():
+            for method in set(methods) - {"HEAD"}:
+                self.assertRegex(kv.__doc__ or "", rf" {method} +{path}")
+                self.assertIn(f"| `{method} {path}", readme)
 
     def test_other_paths_are_not_found(self) -> None:
         for path in ("/", "/kv", "/KV/a", "//kv/a", "/clear/", "/health/x", "/kv%2Fa"):
