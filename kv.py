@@ -18,20 +18,20 @@ them to a snapshot in the working directory. The next start reads them back. SIG
 server goes on, and --save-every does so by itself. A shutdown has a time limit of 15 s, unless
 --graceful-timeout says otherwise:
 
-    0 s    The backlog is served to its end, then answers say `Connection: close`. Idle connections
-           are closed after a quarter of a second. Requests in flight go on.
+    0 s    Clients in the backlog are served. After that, answers say `Connection: close`. Idle
+           connections are closed after a quarter of a second. Requests in flight go on.
     1 s    If a request is still in flight, what has been acknowledged is saved, again each second.
-    12 s   What is still in flight is given up, sooner if saves are slow. A write is answered 503
-           from here on, because the last snapshot is being written. If that fails, it is retried.
-    15 s   The latest exit, as supervisors such as the test harness of lsfr.io send SIGKILL then.
-           Only a save that takes much longer than any before it can exceed this.
+    12 s   What is still in flight is given up, or earlier if saves are slow. A write is answered
+           503 from here on, because the last snapshot is being written. A failure is retried.
+    15 s   The latest exit. Supervisors such as the test harness of lsfr.io send SIGKILL then. It is
+           later only if the last save takes much longer than those before.
 
-Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved. The same
-signal again ends the waiting. A crash, unlike a shutdown, loses what was written since the last
-snapshot. There is no write-ahead log here.
+Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved. Whoever
+sends the same signal again wants no more waiting. A crash, unlike a shutdown, loses what was
+written since the last snapshot. There is no write-ahead log here.
 
 The file reads from the inside out, and each part uses those before it: snapshot, store, request
-syntax, log, handler, server, process. Only the handler also knows its server.
+syntax, log, handler, server, process. Handler and server use each other.
 """
 
 from __future__ import annotations
@@ -98,8 +98,10 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # left behind by a save that was killed
     with open(path, "x+b") as file:
-        pickler = pickle.Pickler(file, protocol=4)  # check_opcodes knows this protocol
-        pickler.fast = True  # without a memo of all strings, a third of the store's size
+        # check_opcodes knows this protocol only, and no memo. The memo that `fast` leaves out would
+        # have all strings, and take a third of the store's size.
+        pickler = pickle.Pickler(file, protocol=4)
+        pickler.fast = True
         pickler.dump(pairs)
         file.seek(0)
         sha256 = hashlib.sha256()
@@ -127,12 +129,12 @@ def read_pairs(path: str) -> dict[str, str]:
         # some file systems in user space refuse a shared map.
         data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     with data:
-        with memoryview(data)[:-DIGEST_SIZE] as pickled:
+        with memoryview(data)[:-DIGEST_SIZE] as pickled:  # a map in use cannot be closed
             if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
                 raise SnapshotError("truncated or altered: its checksum does not match")
             check_opcodes(pickled)
         try:
-            pairs: dict[str, str] = StringsOnly(data).load()
+            pairs: dict[str, str] = StringsOnly(data).load()  # a map is read like a file
             texts = itertools.chain(pairs, pairs.values())
             for text in itertools.filterfalse(str.isascii, texts):
                 text.encode()  # fails for a lone surrogate, which could never be answered
@@ -144,14 +146,14 @@ def read_pairs(path: str) -> dict[str, str]:
 
 
 class StringsOnly(pickle.Unpickler):
-    """An unpickler that gives a pickle no function to call, should check_opcodes have a hole."""
+    """An unpickler that gives a pickle no function to call, in case check_opcodes has a hole."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"asks for {module}.{name}")
 
 
 # A pickle of a dict of strings begins with the number of the protocol, the size of the first frame
-# in 8 bytes, unless it is tiny, and an empty dict.
+# in 8 bytes (none if the pickle is tiny), and an empty dict.
 PICKLE_START = re.compile(rb"\x80\x04(?:\x95.{8})?\}", re.DOTALL)
 # A string is one of these opcodes, its size in 1 or in 4 bytes, and its text.
 SHORT_STRING, STRING = pickle.SHORT_BINUNICODE[0], pickle.BINUNICODE[0]
@@ -197,11 +199,11 @@ class Snapshot:
         self._temporary = self.path + ".tmp"
 
     def open(self) -> None:
-        """Create the directory if need be, lock it, and do once all that a save will do.
+        """Create the directory if need be, lock it, and try out saving and loading.
 
         Raises OSError or SnapshotError. What would make a save fail is better found out now.
         """
-        with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
+        with contextlib.suppress(FileExistsError):  # if it is a file, `_lock` says so
             os.makedirs(self.directory)
         self._lock()
         write_pairs(self._temporary, {})
@@ -270,9 +272,9 @@ class StoreClosed(Exception):
 class Store:
     """A dict of strings that any number of threads may use at once, until it is closed.
 
-    Its lock makes each method one step for the others. A write either has the lock before `close`,
-    and is part of the save that follows, or has it afterwards, and is refused. There is no third
-    case, and so no acknowledged write that is not saved.
+    Its lock makes each method one step for the others. A write that has the lock before `close` is
+    part of the save that follows. One that has it afterwards is refused. So no acknowledged write
+    is left out.
     """
 
     def __init__(self, pairs: dict[str, str]) -> None:
@@ -334,8 +336,8 @@ class Store:
 # become the start of another client's request. So nothing about that is guessed or repaired: what
 # the RFCs do not allow is refused.
 
-# The largest value, in bytes. Receiving it can take three times as much memory. If it is not all
-# ASCII, it takes up to four times as much for good, as str has up to four bytes for each character.
+# The largest value, in bytes. Receiving it can take three times as much memory. A stored one takes
+# up to four times as much, as str has up to four bytes for each character that is not ASCII.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line, or a chunk's size with extensions, in bytes. RFC 9112 3 asks for room for 8,000.
 MAX_LINE = 8192
@@ -351,7 +353,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^:/?][^/?]*)(.*)")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # What a server on a loopback address is called: an IP address, a name that no name server is asked
-# for, or a name without a dot, such as nginx's name for its upstream.
+# for, or a name without a dot (that a percent sign could hide), such as nginx's for its upstream.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
@@ -396,9 +398,9 @@ def check_unfinished_head(head: bytes) -> None:
     A client that speaks TLS, or another protocol, may wait for our answer before it sends more.
     """
     line, line_end, block = head.partition(b"\r\n")
-    if line_end or len(line) > MAX_LINE + len(b"\r"):
+    if line_end or len(line) > MAX_LINE + 1:  # CR, the beginning of its end, may be there
         parse_request_line(line)
-    if len(block) > MAX_HEADER + len(b"\r\n\r"):
+    if len(block) > MAX_HEADER + 3:  # the same, CR LF CR
         raise Refusal(431, "header too large")
     if not UNFINISHED.fullmatch(head):
         raise Refusal(400, "malformed request")
@@ -429,7 +431,7 @@ class Fields(NamedTuple):
 
 
 # A client repeats its header fields byte for byte with each request, and parsing them costs more
-# than all the rest. What is remembered takes at most 2 MiB.
+# than all the rest. What is remembered takes at most 64 times 32 KiB.
 @functools.lru_cache(maxsize=64)
 def parse_fields(block: bytes, http11: bool) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
@@ -452,12 +454,12 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Refusal(501, "only the chunked transfer coding")
     digits = lengths[0] if lengths else b"0"
-    # With two different lengths, a proxy in front may have gone by the other one. And int() alone
-    # also takes "+1", "1_0" and " 1 ".
-    if any(length != digits for length in lengths) or not digits.isdigit():
+    # With two different lengths, a proxy in front may have gone by the other one.
+    if any(length != digits for length in lengths):
+        raise Refusal(400, "two Content-Lengths")
+    if not digits.isdigit():  # int() takes "+1", "1_0" and " 1 ", too
         raise Refusal(400, "invalid Content-Length")
-    # int() would refuse 5,000 digits in its own way, and 16 are too large already.
-    length = int(digits.lstrip(b"0")[:16] or b"0")
+    length = int(digits.lstrip(b"0")[:16] or b"0")  # int() fails for some thousand digits
     if length > MAX_VALUE:
         raise Refusal(413, "value too large")
 
@@ -475,7 +477,7 @@ def answer_head(status: int, second: int) -> bytes:
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Date: {formatdate(second, usegmt=True)}\r\n"
         "Content-Type: text/plain; charset=utf-8\r\n"
-        # Without this, a web page could run a value as a script, and so read it.
+        # Without this, a web page could run a value as a script, and read what that does.
         "X-Content-Type-Options: nosniff\r\n"
     ).encode()
 
@@ -491,7 +493,7 @@ class Log:
     """
 
     def __init__(self) -> None:
-        # So many lines wait only if nobody reads them. Further ones are dropped then.
+        # If nobody reads stderr, 1,000 lines wait, and further ones are dropped.
         self._lines: queue.Queue[bytes | None] = queue.Queue(1000)
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
@@ -514,7 +516,7 @@ class Log:
 
     def _write(self) -> None:
         while line := self._lines.get():
-            if sys.stderr is not None:  # it was closed at the start, 2 may be another file by now
+            if sys.stderr is not None:  # else 2 was closed at the start, and may be another file
                 with contextlib.suppress(OSError):
                     os.write(2, line)
 
@@ -531,12 +533,12 @@ ROUTES = {
 # Input in which no request has begun. Some clients send an empty line behind a body, and
 # RFC 9112 2.2 has us ignore one in front of a request.
 NO_REQUEST = (b"", b"\r", b"\r\n")
-# How many seconds a worker waits for the next request before it gives the connection back. A busy
-# client sends it within that time, which saves a hand-over between threads. If it were longer, more
+# How many seconds a worker waits for the next request before it parks the connection. A busy client
+# sends it within that time, which saves a hand-over between threads. If it were longer, more
 # workers would wait for nothing.
 PAUSE_SECONDS = 0.1
-# How many seconds a head may take, or the next piece of a body, or the next piece of an answer that
-# is read. Who needs longer is gone, or wants to hold the worker.
+# How many seconds a client may take to send a head, or the next piece of a body, or to read the
+# next piece of an answer. Who needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
 # An upload that is slower on average is cut off, and so is an answer.
 BYTES_PER_SECOND = 1024
@@ -547,11 +549,11 @@ RECEIVE_SIZE = 16 * 1024
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the requests of one connection while they keep coming, then gives it back.
+    """Serves the requests of one connection while they keep coming.
 
-    The base class lends its names: do_GET and its like, command, path, close_connection, handle,
-    handle_one_request. Its code is not used. It reads requests more leniently than RFC 9112 allows,
-    and its constructor serves a connection to its end. Here the worker calls `handle`.
+    Who knows the base class knows the names: do_GET and its like, command, path, close_connection,
+    handle, handle_one_request. Its code is not used, since it reads requests more leniently than
+    RFC 9112 allows, and serves a connection to its end. Here the worker calls `handle`.
     """
 
     server: Server
@@ -560,7 +562,7 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, connection: socket.socket, buffer: bytes, server: Server) -> None:
         """`buffer` has what has already been received of the next request."""
         self.connection, self.buffer, self.server = connection, buffer, server
-        self.command, self._line, self.close_connection = "", b"", False
+        self.command, self._line, self._http11, self.close_connection = "", b"", True, False
         self._receive_seconds = 0.0  # no time limit set yet, see _receive
 
     def handle(self) -> None:
@@ -601,14 +603,15 @@ class Handler(BaseHTTPRequestHandler):
         return self.buffer not in NO_REQUEST
 
     def handle_one_request(self) -> None:
-        # Until the end of the request is found, the next one cannot be told from the rest of it.
+        # An error before the end of the request is found closes the connection, because nobody
+        # knows where the next one starts.
         self.close_connection = self._may_send_more = True
-        # Forget the last request, or a head that cannot be read is answered and logged as that.
+        # Otherwise a head that cannot be read would be answered and logged as the last request.
         self.command, self._line = "", b""
         try:
             self._read_head()
-            # A refused request, too, has a body, behind which the next one starts. But a client
-            # that expects 100 is refused before it sends its body.
+            # The body is read even if the request is refused, as the next one starts behind it.
+            # But a client that expects 100 is refused before it sends its body.
             if not self._fields.expects_continue:
                 self._read_body()
             serve = self._route()
@@ -625,7 +628,7 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self) -> Callable[[], None]:
         """Return the method that serves the request; set `key` if the path has one."""
         # DNS rebinding: a web page has its own name lead to 127.0.0.1, and the browser takes us for
-        # the page's server. So a server there refuses other names. RFC 9110 15.5.20.
+        # the page's server. So a server on such an address refuses that name. RFC 9110 15.5.20.
         is_local_host = self._fields.is_local_host
         if self._target_host:  # the field does not count then: RFC 9112 3.2.2
             is_local_host = bool(LOCAL_HOST.fullmatch(self._target_host))
@@ -677,8 +680,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write: with TCP_NODELAY, each write is a packet."""
-        # A client that reads this sends no more. If an idle connection were closed instead, its
-        # next request could be on its way. One that has arrived is in flight, and served.
+        # A full or draining server says `Connection: close`. Closing without a word could hit the
+        # client's next request on its way. A request that has already arrived is served first.
         if not self.close_connection and (self.server.full or self.server.draining):
             with contextlib.suppress(BlockingIOError):
                 if self.buffer in NO_REQUEST:
@@ -703,7 +706,7 @@ class Handler(BaseHTTPRequestHandler):
         while sent < len(data):
             if time.monotonic() > deadline:
                 raise TimeoutError
-            more = self.connection.send(memoryview(data)[sent:])
+            more = self.connection.send(memoryview(data)[sent:])  # without a copy
             sent += more
             deadline += more / BYTES_PER_SECOND
 
@@ -747,7 +750,7 @@ class Handler(BaseHTTPRequestHandler):
             self._deadline = time.monotonic() + STALL_SECONDS
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
-        # A client that has said close may still send an empty line behind a body.
+        # A client that has said close sends nothing more, but for an empty line behind a body.
         self._may_send_more = fields.keep_alive or bool(self._body)
 
     def _read_chunks(self) -> bytearray:
@@ -819,8 +822,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def timeval(seconds: float) -> bytes:
-    """Seconds as the C structure that socket options take; at least 1 us, as 0 means no limit."""
-    return struct.pack("ll", *divmod(max(1, int(seconds * 1_000_000)), 1_000_000))
+    """Seconds as the C structure that socket options take: whole ones, and microseconds."""
+    microseconds = max(1, int(seconds * 1_000_000))  # 0 would mean no limit
+    return struct.pack("ll", *divmod(microseconds, 1_000_000))
 
 
 # ---- Server: the thread that accepts, and the workers ----
@@ -828,14 +832,14 @@ def timeval(seconds: float) -> bytes:
 # A connection is accepted; in hand, while it waits for a worker or has one; parked, while it is
 # idle; and closed. A parked connection costs no thread, and about 2 KiB.
 
-# How often the acceptor looks for what does not wake it, in seconds. A shutdown starts this late at
-# most. If it were shorter, an idle server would wake more.
+# How many seconds the acceptor waits for clients. A shutdown starts this late at most. If it were
+# shorter, an idle server would wake more.
 POLL_SECONDS = 0.1
 # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
-# most load balancers) or 90 s (Go). If we were first, it could happen under a request.
+# most load balancers) or 90 s (Go). If we closed first, a request could be on its way.
 IDLE_SECONDS = 120.0
-# The same while the server is full. The first request of a connection may have been lost in a
-# burst, and its retransmission comes after up to 6.4 s.
+# The same while the server is full. A request that was lost in a burst is retransmitted by the
+# client's kernel after up to 6.4 s.
 SILENT_SECONDS = 10.0
 # The same in a drain, whose end waits for it.
 DRAIN_SECONDS = 0.25
@@ -844,7 +848,8 @@ DRAIN_SECONDS = 0.25
 MAX_WORKERS = 1200
 # How many seconds a worker without work stays. To start one takes 100 us.
 SPARE_SECONDS = 5.0
-# Descriptors that clients cannot have. A save needs one at a time, and the interpreter may, too.
+# Descriptors that clients cannot have: for the selector, the locked directory, the file that is
+# being saved, and what the interpreter opens.
 RESERVED_DESCRIPTORS = 8
 
 
@@ -856,10 +861,12 @@ class Server(ThreadingHTTPServer):
     - The acceptor runs `serve_forever`. It alone accepts connections, takes parked ones out of the
       selector, and closes idle ones, after a last look that nothing has arrived.
     - A worker runs `_work`. It takes a connection from `_jobs`, serves it, and parks or closes it.
-      Parking is the last thing that it does with a connection. Epoll and kqueue notice at once
-      what a worker registers while the acceptor waits, other selectors after POLL_SECONDS.
+      Parking is the last thing that it does with a connection, as another worker may have it
+      then. Epoll and kqueue notice at once what a worker registers while the acceptor waits,
+      other selectors after POLL_SECONDS.
 
-    `_lock` guards what both change: `parked` with the selector, `in_hand`, and `full`.
+    `_lock` guards what both change: `parked` with the selector, `in_hand`, `full`, `_workers`. A
+    look at a flag or a number needs no lock where the answer may be old.
     """
 
     # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
@@ -876,7 +883,7 @@ class Server(ThreadingHTTPServer):
         # A loopback address: only processes on this machine can reach it, browsers among them.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.log, self.verbose = log, verbose
-        self.accepting = True
+        self.stopping = False  # `drain` was called, and the backlog is being served to its end
         self.draining = False  # the listener is closed, and each answer is a connection's last
         self.full = False  # there are as many connections as descriptors for them
         self.in_hand = 0  # how many connections are in `_jobs` or with a worker
@@ -907,24 +914,16 @@ class Server(ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Have the acceptor stop accepting at the end of the backlog. What is in flight goes on."""
-        # Further clients get into the backlog one at a time, or a busy server might never see its
-        # end. Idle connections have DRAIN_SECONDS from now on.
-        self.socket.listen(0)
+        self.socket.listen(0)  # a backlog for one client, or it might never end
         with self._lock:
-            self.accepting = False
+            self.stopping = True
+            # Idle connections have DRAIN_SECONDS from now on.
             self.parked = dict.fromkeys(self.parked, time.monotonic())
 
     def join(self, until: float) -> bool:
-        """Wait for the threads that serve clients, until `until` on the monotonic clock at most.
-
-        Returns whether they have ended. The acceptor comes first, as workers may start others.
-        """
-        self._acceptor.join(max(0.0, until - time.monotonic()))
-        if self._acceptor.is_alive():
-            return False
-        for worker in self._workers.copy():
-            worker.join(max(0.0, until - time.monotonic()))
-        return True
+        """Wait until `until` (monotonic clock) at most; return whether all threads have ended."""
+        self._acceptor.join(max(0.0, until - time.monotonic()))  # which joins the workers
+        return not self._acceptor.is_alive()
 
     # -- The acceptor --
 
@@ -933,33 +932,36 @@ class Server(ThreadingHTTPServer):
         while not self.draining or self.in_hand or self.parked:
             self._serve_once(poll_interval)
         self._jobs.put(None)
+        for worker in self._workers.copy():  # nothing is in hand, so none starts another
+            worker.join()
 
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most; have workers serve those who have come."""
         try:
             self._have_one_free()  # all workers may be held by stalled clients
-            if self.full or not self.accepting:
-                # The selector would not wait while clients are in the backlog of a full server.
+            if self.full or self.stopping:
+                # The backlog of a full server would end each wait of the selector at once, and
+                # nothing would end it when the last request of a drain is answered.
                 time.sleep(seconds / 10)
                 seconds = 0.0
             ready = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
-            # Workers take no further jobs while we have the lock. If they had the interpreter lock,
-            # the backlog would overflow in a burst.
+            # A worker that takes a job waits for this lock in `_have_one_free`. Otherwise workers
+            # would have the interpreter while the backlog overflows in a burst.
             with self._lock:
                 for connection in ready:
                     if connection is not self.socket:
                         self._jobs.put((connection, self._resume(connection)))
                 if not self.draining:
-                    self._accept()
+                    self._accept()  # also if there is nobody, as a drain needs to know that
             self._drop_silent()
         except Exception as error:  # no memory, for instance
             self.log.error(error)
             time.sleep(POLL_SECONDS)
 
     def _accept(self) -> None:
-        """With the lock: accept clients from the backlog; in a drain, close the listener behind it.
+        """With the lock: accept all clients in the backlog. If it is the last time, stop listening.
 
-        Only then are clients told to leave, because they would join the backlog again.
+        No client is told to leave before that, as it would come back and join the backlog.
         """
         for _ in range(1000):  # not without end, as workers wait for the lock
             self.full = self.in_hand + len(self.parked) >= self._max_connections
@@ -968,7 +970,7 @@ class Server(ThreadingHTTPServer):
             try:
                 connection, _ = self.socket.accept()
             except BlockingIOError:
-                if not self.accepting:
+                if self.stopping:
                     self._selector.unregister(self.socket)
                     self.server_close()
                     self.draining = True
@@ -995,7 +997,7 @@ class Server(ThreadingHTTPServer):
         """Close what has been parked for too long, unless something has arrived after all."""
         while True:
             limit = SILENT_SECONDS if self.full else IDLE_SECONDS
-            if not self.accepting:
+            if self.stopping:
                 limit = DRAIN_SECONDS
             with self._lock:
                 connection, since = next(iter(self.parked.items()), (None, 0.0))
@@ -1051,7 +1053,7 @@ class Server(ThreadingHTTPServer):
         """Serve a connection while requests keep coming; then park or close it."""
         try:
             # Who takes a job sees to it that another worker is free. If the acceptor did, it would
-            # fall behind: a thread that is started first waits for the interpreter lock.
+            # fall behind, as starting a thread waits until that thread has run.
             self._have_one_free()
             handler = Handler(connection, received, self)
             handler.handle()
@@ -1063,7 +1065,7 @@ class Server(ThreadingHTTPServer):
         self._close(connection)
 
     def _park(self, connection: socket.socket, received: bytes) -> None:
-        """Give back a connection: idle, or to the end of the queue if a request has begun."""
+        """Park a connection, or put it at the end of the queue if its next request has begun."""
         with self._lock:
             if received not in NO_REQUEST:
                 self._jobs.put((connection, received))  # already read, so no selector reports it
@@ -1079,12 +1081,13 @@ class Server(ThreadingHTTPServer):
 
 # ---- Process: arguments, signals, when to save, and the order of a shutdown ----
 
-# The process is about to end: by an operator or a supervisor, Ctrl-C, a terminal that is closed,
-# Ctrl-\, a limit of CPU time, a power supply that fails. macOS has no SIGPWR.
+# What ends a process: an operator or a supervisor, Ctrl-C, a terminal that is closed, Ctrl-\, a
+# limit of CPU time, a power supply that fails. macOS has no SIGPWR.
 STOP_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGPWR")
 STOP_SIGNALS = {signal.Signals[name] for name in STOP_NAMES if hasattr(signal, name)}
 SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}  # by an operator, and by the timer of --save-every
-# Memory for the last save's buffers, in bytes, as clients may leave none. 1 MiB was not enough.
+# Address space for the last save's buffers, in bytes, as clients may use up what a limit leaves. In
+# a try, 1 MiB was not enough.
 RESERVED_MEMORY = 8 * 1024 * 1024
 # How many seconds the exit waits for the log. If nobody reads it, the last lines are lost.
 LOG_SECONDS = 0.5
@@ -1173,9 +1176,7 @@ def stay_on_one_core() -> None:
 def dump(snapshot: Snapshot) -> None:
     """Print the snapshot's pairs to stdout, as one JSON object a line."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `kv.py --dump | head` ends quietly
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, "stdout is closed")
-    # Not sys.stdout: what it could not write it would try again at the exit, with a traceback.
+    # Not sys.stdout, which would try again at the exit to write what it could not, and raise.
     with open(1, "wb", closefd=False) as stdout:
         for key, value in read_pairs(snapshot.path).items():
             line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
@@ -1241,7 +1242,7 @@ def shut_down(
     step = min(1.0, seconds / 15)
 
     def is_sent_again() -> bool:
-        # Another signal belongs to the first one: behind SIGTERM, systemd may send SIGHUP.
+        # Another signal changes nothing: systemd, for one, may send SIGHUP behind SIGTERM.
         return bool(signal.sigpending() & received)
 
     def last_moment() -> float:
@@ -1256,7 +1257,7 @@ def shut_down(
             now = time.monotonic()
             if is_sent_again() or now >= last_moment():
                 break
-            # Requests may take longer than we have. If SIGKILL comes before, it finds this save.
+            # In case SIGKILL comes before the last save, what is acknowledged is on the disk.
             if now + saver.longest < last_moment():
                 saver.save()
         log(f"drained in {time.monotonic() - begin:.2f} s, {server.in_hand} given up")

@@ -3161,7 +3161,7 @@ class DumpTest(KVTest):
         command = f'"{sys.executable}" "{HERE}/kv.py" --dump --working-dir="{self.directory}" >&-'
         run = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
         self.assertEqual(run.returncode, 1)
-        self.assertRegex(run.stderr, "stdout is closed\n$")
+        self.assertRegex(run.stderr, "Bad file descriptor\n$")
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_is_an_error(self) -> None:
