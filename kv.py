@@ -1151,13 +1151,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def raise_descriptor_limit() -> None:
-    """Allow this process as many descriptors, and so connections, as it may have."""
+def set_limits(seconds: int) -> None:
+    """Have as many descriptors as this process may have, and CPU time for a shutdown."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:  # macOS, which allows less than it says
         hard = 10_240
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A process gets SIGXCPU at the soft limit and SIGKILL at the hard one. `ulimit -t` makes them
+    # the same.
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if soft == hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_CPU, (hard - min(seconds, hard // 2), hard))
 
 
 def stay_on_one_core() -> None:
@@ -1290,7 +1295,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS | {signal.SIGTTOU})
     os.umask(0o077)  # the snapshot and a new directory are for their owner, who can read them
     stay_on_one_core()
-    raise_descriptor_limit()
+    set_limits(arguments.graceful_timeout)
     with or_exit(listening):  # before the load, which may take long; it listens after that
         log = Log()
         server = Server(arguments.host, arguments.port, log, arguments.verbose)

@@ -1993,6 +1993,19 @@ class ShutdownTest(KVTest):
                 self.assertRegex(server.log, r"saved \d pairs? in \d+\.\d\d s")
         self.assertEqual(set(self.read_snapshot()), set(names))
 
+    @on_linux
+    def test_a_limit_of_cpu_time_saves(self) -> None:
+        """`ulimit -t` sets the hard limit, too, at which a process is killed."""
+        limit = (resource.RLIMIT_CPU, (2, 2))
+        server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
+        client = self.client(server)
+        with contextlib.suppress(ConnectionError):
+            while server.process.poll() is None:
+                client.request("PUT", "/kv/a", b"1")
+        self.assertEqual(server.exit_code(), 0)
+        self.assertIn("SIGXCPU", server.log)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
+
     def test_another_signal_does_not_end_the_waiting(self) -> None:
         """Systemd and a terminal that is closed send SIGHUP right behind SIGTERM, or before."""
         for numbers in ((signal.SIGTERM, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)):
