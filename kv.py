@@ -11,7 +11,7 @@ otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 t
     DELETE /clear      remove every key           200, 503
     GET    /health     "ok"                       200             (HEAD: without the body)
 
-Anything else is answered 404 or 405, and what is no good HTTP 400, 408, 414, 421, 431 or 501.
+Any other request is answered 404 or 405, and a malformed or excessive one 400 to 501.
 
 All pairs live in memory. A stop signal, such as SIGTERM or SIGINT, shuts the server down and writes
 them to a snapshot in the working directory. The next start reads them back. SIGUSR1 saves while the
@@ -21,14 +21,14 @@ server goes on, and --save-every does so by itself. A shutdown has a time limit 
     0 s    Clients in the backlog are served. After that, answers say `Connection: close`. Idle
            connections are closed after a quarter of a second. Requests in flight go on.
     1 s    If a request is still in flight, what has been acknowledged is saved, again each second.
-    12 s   What is still in flight is given up, or earlier if saves are slow. A write is answered
-           503 from here on, because the last snapshot is being written. A failure is retried.
-    15 s   The latest exit. Supervisors such as the test harness of lsfr.io send SIGKILL then. It is
-           later only if the last save takes much longer than those before.
+    12 s   (earlier if saves are slow) What is still in flight is given up. From here on, a write is
+           answered 503. The last snapshot is written. If that fails, it is tried again.
+    15 s   The process exits, unless the last save takes much longer than those before. Supervisors
+           such as the test harness of lsfr.io send SIGKILL then.
 
-Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved. Whoever
-sends the same signal again wants no more waiting. A crash, unlike a shutdown, loses what was
-written since the last snapshot. There is no write-ahead log here.
+Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved. The same
+signal again ends the waiting. A crash, unlike a shutdown, loses what was written since the last
+snapshot. There is no write-ahead log here.
 
 The file reads from the inside out, and each part uses those before it: snapshot, store, request
 syntax, log, handler, server, process. Handler and server use each other.
@@ -45,6 +45,7 @@ if __name__ == "__main__":
     # Ctrl-C while the other modules are being imported ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import _thread
 import argparse
 import collections
 import contextlib
@@ -98,8 +99,8 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # left behind by a save that was killed
     with open(path, "x+b") as file:
-        # check_opcodes knows this protocol only, and no memo. The memo that `fast` leaves out would
-        # have all strings, and take a third of the store's size.
+        # check_opcodes knows no other protocol, and no memo. `fast` leaves out that index of all
+        # strings, which would take a third of the store's size.
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True
         pickler.dump(pairs)
@@ -129,15 +130,15 @@ def read_pairs(path: str) -> dict[str, str]:
         # some file systems in user space refuse a shared map.
         data = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     with data:
-        with memoryview(data)[:-DIGEST_SIZE] as pickled:  # a map in use cannot be closed
+        with memoryview(data)[:-DIGEST_SIZE] as pickled:  # released before `data` is closed
             if hashlib.sha256(pickled).digest() != data[-DIGEST_SIZE:]:
                 raise SnapshotError("truncated or altered: its checksum does not match")
             check_opcodes(pickled)
         try:
-            pairs: dict[str, str] = StringsOnly(data).load()  # a map is read like a file
+            pairs: dict[str, str] = StringsOnly(data).load()  # reads up to the pickle's end
             texts = itertools.chain(pairs, pairs.values())
             for text in itertools.filterfalse(str.isascii, texts):
-                text.encode()  # fails for a lone surrogate, which could never be answered
+                text.encode()  # fails for a lone surrogate, which is no UTF-8
         except MemoryError:
             raise  # that is no fault of the file
         except Exception as error:  # the pickle module does not promise which
@@ -175,7 +176,7 @@ def check_opcodes(pickled: memoryview) -> None:
     at = start.end()
     try:
         while True:
-            while pickled[at] == SHORT_STRING:  # a loop of its own for nearly all there is
+            while pickled[at] == SHORT_STRING:  # a quick loop, as nearly all strings are short
                 at += 2 + pickled[at + 1]
             opcode = pickled[at]
             if opcode == STRING:
@@ -222,7 +223,7 @@ class Snapshot:
         """Replace the snapshot, whole or not at all.
 
         Raises OSError (disk full, file too large, directory gone, ...). The old snapshot is then
-        still in place, or, if only the last step failed, the whole new one.
+        still in place, or, if only the sync of its name failed, the whole new one.
         """
         # Somebody may have put another directory into the place of the one that we have locked.
         if not os.path.samestat(os.fstat(self._locked), os.stat(self.directory)):
@@ -237,7 +238,7 @@ class Snapshot:
             self._sync_names()
         except Exception:
             with contextlib.suppress(OSError):
-                os.unlink(self._temporary)  # half a file would fill a full disk for good
+                os.unlink(self._temporary)  # half a file would keep a full disk full
             raise
 
     def _lock(self) -> None:
@@ -253,7 +254,7 @@ class Snapshot:
         self._locked = directory
 
     def _sync_names(self) -> None:
-        """Have what the names in the directory stand for reach the disk."""
+        """Have a new name in the directory reach the disk."""
         try:
             os.fsync(self._locked)
         except OSError as error:
@@ -323,7 +324,7 @@ class Store:
             if changes == self._saved_changes:
                 return None
             # Requests go on while a copy is written. Copying the dict, not its strings, takes some
-            # milliseconds. A closed store needs no copy, for which there may be no memory.
+            # milliseconds. A closed store does not change. There may be no memory to copy it.
             pairs = self._pairs if self._closed else self._pairs.copy()
         write(pairs)
         self._saved_changes = changes
@@ -336,13 +337,13 @@ class Store:
 # become the start of another client's request. So nothing about that is guessed or repaired: what
 # the RFCs do not allow is refused.
 
-# The largest value, in bytes. Receiving it can take three times as much memory. A stored one takes
-# up to four times as much, as str has up to four bytes for each character that is not ASCII.
+# The largest value, in bytes. Receiving it can take three times as much memory, storing it four
+# times, as one emoji makes a str use four bytes for every character.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line, or a chunk's size with extensions, in bytes. RFC 9112 3 asks for room for 8,000.
 MAX_LINE = 8192
 # The field lines of a request, in bytes and in lines. Browsers with all their cookies stay under
-# 16 KiB and 50 lines. More would be memory that each connection can hold.
+# 16 KiB and 50 lines. Each connection can hold so much memory.
 MAX_HEADER, MAX_FIELDS = 32 * 1024, 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
@@ -352,15 +353,15 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 # http://127.0.0.1:8080/kv/a, a target as a proxy may send it: RFC 9112 3.2.2
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^:/?][^/?]*)(.*)")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-# What a server on a loopback address is called: an IP address, a name that no name server is asked
-# for, or a name without a dot (that a percent sign could hide), such as nginx's for its upstream.
+# Hosts that cannot be the name of a web page, see Handler._route: an IP address, a name that ends
+# in .localhost, or one without a dot (which may be written as %2e), such as a proxy uses.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# Lines whose end is still to come. RFC 9112 2.2 allows no CR or LF without the other, but a CR at
-# the end may still get its LF.
+# Lines whose end is still to come. RFC 9112 2.2 allows no CR or LF without the other. A CR at the
+# end may still get its LF.
 UNFINISHED = re.compile(TEXT + rb"(?:\r\n" + TEXT + rb")*\r?")
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -398,9 +399,9 @@ def check_unfinished_head(head: bytes) -> None:
     A client that speaks TLS, or another protocol, may wait for our answer before it sends more.
     """
     line, line_end, block = head.partition(b"\r\n")
-    if line_end or len(line) > MAX_LINE + 1:  # CR, the beginning of its end, may be there
+    if line_end or len(line) > MAX_LINE + 1:  # its CR may be there
         parse_request_line(line)
-    if len(block) > MAX_HEADER + 3:  # the same, CR LF CR
+    if len(block) > MAX_HEADER + 3:  # CR LF CR may be there
         raise Refusal(431, "header too large")
     if not UNFINISHED.fullmatch(head):
         raise Refusal(400, "malformed request")
@@ -459,7 +460,7 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
         raise Refusal(400, "two Content-Lengths")
     if not digits.isdigit():  # int() takes "+1", "1_0" and " 1 ", too
         raise Refusal(400, "invalid Content-Length")
-    length = int(digits.lstrip(b"0")[:16] or b"0")  # int() fails for some thousand digits
+    length = int(digits.lstrip(b"0")[:16] or b"0")  # 16 are too many, and int() refuses thousands
     if length > MAX_VALUE:
         raise Refusal(413, "value too large")
 
@@ -477,7 +478,7 @@ def answer_head(status: int, second: int) -> bytes:
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Date: {formatdate(second, usegmt=True)}\r\n"
         "Content-Type: text/plain; charset=utf-8\r\n"
-        # Without this, a web page could run a value as a script, and read what that does.
+        # Without this, a web page could load a value as a script.
         "X-Content-Type-Options: nosniff\r\n"
     ).encode()
 
@@ -488,8 +489,8 @@ def answer_head(status: int, second: int) -> bytes:
 class Log:
     """Lines on stderr, written by a thread of its own.
 
-    A pipe that nobody reads, or a paused terminal, blocks who writes to it. So nobody else does,
-    and a shutdown does not wait for it.
+    A pipe that nobody reads, or a paused terminal, blocks its writer. So only this thread writes,
+    and nobody waits for it.
     """
 
     def __init__(self) -> None:
@@ -516,7 +517,7 @@ class Log:
 
     def _write(self) -> None:
         while line := self._lines.get():
-            if sys.stderr is not None:  # else 2 was closed at the start, and may be another file
+            if sys.stderr is not None:  # None: 2 may be another file
                 with contextlib.suppress(OSError):
                     os.write(2, line)
 
@@ -544,7 +545,7 @@ STALL_SECONDS = 15.0
 BYTES_PER_SECOND = 1024
 # How many seconds a client may go on sending when it has its last answer.
 LINGER_SECONDS = 5.0
-# How many bytes are received at once. More would be fewer system calls for an upload.
+# How many bytes are received at once. Each worker that waits has so much memory allocated.
 RECEIVE_SIZE = 16 * 1024
 
 
@@ -587,9 +588,8 @@ class Handler(BaseHTTPRequestHandler):
         except MemoryError as error:
             self.server.log.error(error)
             self.close_connection = True
-            with contextlib.suppress(OSError):
-                self._answer(507, b"out of memory\n")
-                self._linger()
+            self._answer(507, b"out of memory\n")
+            self._linger()
 
     def _wait_for_request(self, seconds: float) -> bool:
         """Wait for the first bytes of a request; return whether there are any."""
@@ -603,10 +603,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.buffer not in NO_REQUEST
 
     def handle_one_request(self) -> None:
-        # An error before the end of the request is found closes the connection, because nobody
-        # knows where the next one starts.
+        # Until the request's end is found, an error closes the connection, because nobody knows
+        # where the next one starts.
         self.close_connection = self._may_send_more = True
-        # Otherwise a head that cannot be read would be answered and logged as the last request.
+        # Otherwise a head that cannot be read would be answered and logged as the previous one.
         self.command, self._line = "", b""
         try:
             self._read_head()
@@ -621,6 +621,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
         except StoreClosed:
+            self.close_connection = True
             self._answer(503, b"shutting down\n")
         if self.close_connection and self._may_send_more:
             self._linger()
@@ -680,7 +681,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", field: bytes = b"") -> None:
         """Send a whole response in one write: with TCP_NODELAY, each write is a packet."""
-        # A full or draining server says `Connection: close`. Closing without a word could hit the
+        # A full or draining server says `Connection: close`. Closing without a word could lose the
         # client's next request on its way. A request that has already arrived is served first.
         if not self.close_connection and (self.server.full or self.server.draining):
             with contextlib.suppress(BlockingIOError):
@@ -692,7 +693,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not self._http11:
             field += b"Connection: keep-alive\r\n"
         if self.server.verbose:
-            # Quoted, because a client can put control characters into it, and not of any length.
+            # Quoted, as a client can put control characters into it, and cut.
             address, line = self.connection.getpeername()[0], repr(self._line)[1:]
             self.server.log(f"{address} {line:.1000} {status} {len(body)}")
         head = answer_head(status, int(time.time()))
@@ -723,7 +724,7 @@ class Handler(BaseHTTPRequestHandler):
                 # Little at a time, as a server without memory must be able to do this, too.
                 if not self._receive(PAUSE_SECONDS, 1024):
                     break
-            limit = DRAIN_SECONDS if self.server.draining else LINGER_SECONDS
+            limit = DRAIN_SECONDS if self.server.stopping else LINGER_SECONDS
 
     # -- Receiving: to wait for a client, but never for good --
 
@@ -741,7 +742,7 @@ class Handler(BaseHTTPRequestHandler):
         self._fields = parse_fields(block, self._http11)
 
     def _read_body(self) -> None:
-        """Take the request's body out of the input: RFC 9112 6.3. Here a request ends."""
+        """Take the body out of the input, and so find the request's end: RFC 9112 6.3."""
         fields = self._fields
         self._body: bytes | bytearray = b""
         if fields.length or fields.chunked:
@@ -750,7 +751,7 @@ class Handler(BaseHTTPRequestHandler):
             self._deadline = time.monotonic() + STALL_SECONDS
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
-        # A client that has said close sends nothing more, but for an empty line behind a body.
+        # Who has said close sends nothing more, except perhaps an empty line behind a body.
         self._may_send_more = fields.keep_alive or bool(self._body)
 
     def _read_chunks(self) -> bytearray:
@@ -832,19 +833,19 @@ def timeval(seconds: float) -> bytes:
 # A connection is accepted; in hand, while it waits for a worker or has one; parked, while it is
 # idle; and closed. A parked connection costs no thread, and about 2 KiB.
 
-# How many seconds the acceptor waits for clients. A shutdown starts this late at most. If it were
+# How many seconds the acceptor waits for clients. A shutdown may start so much later. If it were
 # shorter, an idle server would wake more.
 POLL_SECONDS = 0.1
 # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
 # most load balancers) or 90 s (Go). If we closed first, a request could be on its way.
 IDLE_SECONDS = 120.0
-# The same while the server is full. A request that was lost in a burst is retransmitted by the
-# client's kernel after up to 6.4 s.
+# The same while the server is full. It is longer than the 6.4 s after which a client's kernel may
+# retransmit a first request that was lost in a burst.
 SILENT_SECONDS = 10.0
 # The same in a drain, whose end waits for it.
 DRAIN_SECONDS = 0.25
-# Each client that stalls holds a worker, for up to 15 s. Fewer workers could all be held, and more
-# would take more memory, 25 KB each.
+# Each client that stalls holds a worker, for up to 15 s. Fewer workers would all be held by fewer
+# clients. More would take more memory, 25 KB each.
 MAX_WORKERS = 1200
 # How many seconds a worker without work stays. To start one takes 100 us.
 SPARE_SECONDS = 5.0
@@ -856,7 +857,7 @@ RESERVED_DESCRIPTORS = 8
 class Server(ThreadingHTTPServer):
     """Accepts connections and gives each to a worker thread while requests keep coming.
 
-    `start` begins, `drain` ends it, `join` waits for what is in flight. There are these threads:
+    `start` begins, `stop` ends it, `join` waits for what is in flight. There are these threads:
 
     - The acceptor runs `serve_forever`. It alone accepts connections, takes parked ones out of the
       selector, and closes idle ones, after a last look that nothing has arrived.
@@ -865,8 +866,8 @@ class Server(ThreadingHTTPServer):
       then. Epoll and kqueue notice at once what a worker registers while the acceptor waits,
       other selectors after POLL_SECONDS.
 
-    `_lock` guards what both change: `parked` with the selector, `in_hand`, `full`, `_workers`. A
-    look at a flag or a number needs no lock where the answer may be old.
+    `_lock` guards what both change: `parked` with the selector, `in_hand`, `full`, `_workers`,
+    `_next_start`. A look at a flag or a number needs no lock where the answer may be old.
     """
 
     # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
@@ -883,7 +884,7 @@ class Server(ThreadingHTTPServer):
         # A loopback address: only processes on this machine can reach it, browsers among them.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.log, self.verbose = log, verbose
-        self.stopping = False  # `drain` was called, and the backlog is being served to its end
+        self.stopping = False  # `stop` was called, and the backlog is being served to its end
         self.draining = False  # the listener is closed, and each answer is a connection's last
         self.full = False  # there are as many connections as descriptors for them
         self.in_hand = 0  # how many connections are in `_jobs` or with a worker
@@ -893,10 +894,10 @@ class Server(ThreadingHTTPServer):
         self._selector = selectors.DefaultSelector()
         # Each with what has been received of its next request. None is the end.
         self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
-        self._workers: set[threading.Thread] = set()
-        # The system hands out the lowest number that is free, so all below the listener's are used.
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._max_connections = max(1, limit - self.fileno() - RESERVED_DESCRIPTORS)
+        self._workers = 0  # how many there are
+        self._next_start = 0.0  # not before then is another one started
+        limit, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/dev/fd"))
+        self._max_connections = max(1, limit - used - RESERVED_DESCRIPTORS)
 
     @property
     def url(self) -> str:
@@ -909,12 +910,13 @@ class Server(ThreadingHTTPServer):
         self.server_activate()
         self.socket.setblocking(False)
         self._selector.register(self.socket, selectors.EVENT_READ)
+        _thread.start_new_thread(self._work, ())  # if the system allows no worker, the start fails
         self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
         self._acceptor.start()
 
-    def drain(self) -> None:
-        """Have the acceptor stop accepting at the end of the backlog. What is in flight goes on."""
-        self.socket.listen(0)  # a backlog for one client, or it might never end
+    def stop(self) -> None:
+        """Have the acceptor stop at the end of the backlog. What is in flight goes on."""
+        self.socket.listen(0)  # with room for one more client, or the backlog might never end
         with self._lock:
             self.stopping = True
             # Idle connections have DRAIN_SECONDS from now on.
@@ -922,7 +924,7 @@ class Server(ThreadingHTTPServer):
 
     def join(self, until: float) -> bool:
         """Wait until `until` (monotonic clock) at most; return whether all threads have ended."""
-        self._acceptor.join(max(0.0, until - time.monotonic()))  # which joins the workers
+        self._acceptor.join(max(0.0, until - time.monotonic()))  # it waits for the workers
         return not self._acceptor.is_alive()
 
     # -- The acceptor --
@@ -932,21 +934,21 @@ class Server(ThreadingHTTPServer):
         while not self.draining or self.in_hand or self.parked:
             self._serve_once(poll_interval)
         self._jobs.put(None)
-        for worker in self._workers.copy():  # nothing is in hand, so none starts another
-            worker.join()
+        while self._workers:
+            time.sleep(poll_interval / 100)
 
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most; have workers serve those who have come."""
         try:
-            self._have_one_free()  # all workers may be held by stalled clients
+            self._have_one_free()  # once more, if a start has failed
             if self.full or self.stopping:
-                # The backlog of a full server would end each wait of the selector at once, and
-                # nothing would end it when the last request of a drain is answered.
+                # The backlog of a full server ends each wait of the selector. The last answer of a
+                # drain ends none.
                 time.sleep(seconds / 10)
                 seconds = 0.0
             ready = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
-            # A worker that takes a job waits for this lock in `_have_one_free`. Otherwise workers
-            # would have the interpreter while the backlog overflows in a burst.
+            # Workers wait for this lock before they begin a job, see `_serve`. So the backlog of a
+            # burst is emptied first, and does not overflow.
             with self._lock:
                 for connection in ready:
                     if connection is not self.socket:
@@ -959,9 +961,9 @@ class Server(ThreadingHTTPServer):
             time.sleep(POLL_SECONDS)
 
     def _accept(self) -> None:
-        """With the lock: accept all clients in the backlog. If it is the last time, stop listening.
+        """With the lock: accept the clients in the backlog. If stopping, close the listener then.
 
-        No client is told to leave before that, as it would come back and join the backlog.
+        Only after that do answers say close. Whoever reads that would join the backlog again.
         """
         for _ in range(1000):  # not without end, as workers wait for the lock
             self.full = self.in_hand + len(self.parked) >= self._max_connections
@@ -975,10 +977,8 @@ class Server(ThreadingHTTPServer):
                     self.server_close()
                     self.draining = True
                 break
-            except ConnectionAbortedError:
-                continue  # this client has given up
-            except OSError:
-                self.full = True  # others have used up the descriptors
+            except OSError:  # others have used up the descriptors, or this client has given up
+                self.full = True
                 break
             # On BSD and macOS, a connection is non-blocking like its listener.
             os.set_blocking(connection.fileno(), True)
@@ -996,7 +996,7 @@ class Server(ThreadingHTTPServer):
     def _drop_silent(self) -> None:
         """Close what has been parked for too long, unless something has arrived after all."""
         while True:
-            limit = SILENT_SECONDS if self.full else IDLE_SECONDS
+            limit = SILENT_SECONDS if self.full else IDLE_SECONDS  # one closed, it is not full
             if self.stopping:
                 limit = DRAIN_SECONDS
             with self._lock:
@@ -1013,56 +1013,65 @@ class Server(ThreadingHTTPServer):
     def _close(self, connection: socket.socket) -> None:
         connection.close()
         with self._lock:
+            self.parked.pop(connection, None)  # what could not be registered, see `_park`
             self.in_hand -= 1
             self.full = False
 
     # -- The workers --
 
     def _have_one_free(self) -> None:
-        """Start a worker if none is free."""
+        """Start a worker if none is free.
+
+        Not by Thread.start(), which waits until the thread runs. Without memory, it never does.
+        """
         with self._lock:
-            if self.in_hand < len(self._workers) or len(self._workers) >= MAX_WORKERS:
+            now = time.monotonic()
+            if self.in_hand < self._workers or self._workers >= MAX_WORKERS:
                 return
-            worker = threading.Thread(target=self._work, daemon=True)
-            self._workers.add(worker)
-        try:
-            worker.start()
-        except (RuntimeError, MemoryError):  # the system allows no more threads
-            self._workers.discard(worker)
+            if now < self._next_start:
+                return  # one has been started, and has not run yet
+            self._next_start = now + POLL_SECONDS
+        with contextlib.suppress(RuntimeError, MemoryError):  # the system allows no more threads
+            _thread.start_new_thread(self._work, ())
 
     def is_anybody_waiting(self) -> bool:
         """Whether a connection waits for a worker, and none is free."""
-        return self.in_hand > len(self._workers)
+        return self.in_hand > self._workers
 
     def _work(self) -> None:
+        with self._lock:
+            self._workers += 1
+            self._next_start = 0.0
         while True:
             try:
                 job = self._jobs.get(timeout=SPARE_SECONDS)
-            except queue.Empty:
+                if not job:
+                    break
+                self._serve(*job)
+            except (queue.Empty, MemoryError):
                 with self._lock:
-                    if len(self._workers) > self.in_hand + 1:  # one stays for the next job
-                        self._workers.discard(threading.current_thread())
+                    if self._workers > self.in_hand + 1:  # one stays for the next job
+                        self._workers -= 1
                         return
-                continue
-            if not job:
-                self._jobs.put(None)  # for the next worker
-                return
-            self._serve(*job)
+        self._jobs.put(None)  # for the next worker
+        with self._lock:
+            self._workers -= 1
 
     def _serve(self, connection: socket.socket, received: bytes) -> None:
         """Serve a connection while requests keep coming; then park or close it."""
+        closing = True
         try:
-            # Who takes a job sees to it that another worker is free. If the acceptor did, it would
-            # fall behind, as starting a thread waits until that thread has run.
-            self._have_one_free()
+            self._have_one_free()  # for the next job, without waiting for the acceptor
             handler = Handler(connection, received, self)
             handler.handle()
             if not handler.close_connection:
                 self._park(connection, handler.buffer)
-                return
+                closing = False
         except Exception as error:  # a mistake in this program, or a lack of memory
-            self.log.error(error)
-        self._close(connection)
+            self.log.error(error)  # without memory, that may raise again
+        finally:
+            if closing:
+                self._close(connection)
 
     def _park(self, connection: socket.socket, received: bytes) -> None:
         """Park a connection, or put it at the end of the queue if its next request has begun."""
@@ -1071,11 +1080,7 @@ class Server(ThreadingHTTPServer):
                 self._jobs.put((connection, received))  # already read, so no selector reports it
                 return
             self.parked[connection] = time.monotonic()
-            try:
-                self._selector.register(connection, selectors.EVENT_READ, received)
-            except Exception:
-                del self.parked[connection]
-                raise
+            self._selector.register(connection, selectors.EVENT_READ, received)
             self.in_hand -= 1
 
 
@@ -1086,8 +1091,8 @@ class Server(ThreadingHTTPServer):
 STOP_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGPWR")
 STOP_SIGNALS = {signal.Signals[name] for name in STOP_NAMES if hasattr(signal, name)}
 SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}  # by an operator, and by the timer of --save-every
-# Address space for the last save's buffers, in bytes, as clients may use up what a limit leaves. In
-# a try, 1 MiB was not enough.
+# Bytes of address space that are kept for the last save, in case clients use up what `ulimit -v`
+# allows. In a try, 1 MiB was not enough.
 RESERVED_MEMORY = 8 * 1024 * 1024
 # How many seconds the exit waits for the log. If nobody reads it, the last lines are lost.
 LOG_SECONDS = 0.5
@@ -1230,7 +1235,7 @@ def save_until_stopped(saver: Saver, stop_signals: set[Any]) -> tuple[float, set
             saver.save()
         else:
             received.add(first)
-        # sigwait() takes the lowest number first. What came together belongs together.
+        # Take all that are pending, so that none of them looks like one that is sent again.
         while pending := signal.sigpending() & stop_signals:
             received.add(signal.sigwait(pending))
     return begin, received
@@ -1247,17 +1252,17 @@ def shut_down(
     step = min(1.0, seconds / 15)
 
     def is_sent_again() -> bool:
-        # Another signal changes nothing: systemd, for one, may send SIGHUP behind SIGTERM.
+        # A different signal changes nothing: systemd, for one, may send SIGHUP behind SIGTERM.
         return bool(signal.sigpending() & received)
 
     def last_moment() -> float:
         # The last save may take longer than those before, or have to be tried again, if the disk is
-        # slow or full. So it has twice their time, and a fifth of the graceful time-out on top.
+        # slow or full. So it gets twice the longest time so far, and a fifth of the time-out.
         return begin + 0.8 * seconds - 2 * saver.longest
 
     try:
         log(f"draining: {count(server.in_hand, 'connection')} in flight, {len(server.parked)} idle")
-        server.drain()
+        server.stop()
         while not server.join(min(time.monotonic() + step, last_moment())):
             now = time.monotonic()
             if is_sent_again() or now >= last_moment():
@@ -1291,7 +1296,8 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
         stop_signals.remove(signal.SIGHUP)
     # Blocked in this thread and those it starts, a signal waits until it is asked for, and cannot
-    # interrupt anything halfway. SIGTTOU would stop us at a line to a terminal with `stty tostop`.
+    # interrupt anything halfway, as a handler would. SIGTTOU could stop us at a line of the log, if
+    # that is a terminal with `stty tostop`.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS | {signal.SIGTTOU})
     os.umask(0o077)  # the snapshot and a new directory are for their owner, who can read them
     stay_on_one_core()
@@ -1307,6 +1313,8 @@ def main() -> None:
         pairs = snapshot.load()
         store = Store(pairs)
         saver = Saver(store, snapshot, log, time.monotonic() - begin)
+    # A thread that ends for lack of memory before it runs would print a traceback.
+    sys.unraisablehook = lambda unraisable: log.error(cast(Exception, unraisable.exc_value))
     with or_exit(listening):
         server.start(store)
     log(f"{count(len(pairs), 'pair')} in {snapshot.path!r}, listening on {server.url}")

@@ -1260,7 +1260,7 @@ class HTTPTest(KVTest):
                 self.assertEqual("Date" in answer.fields, answer.status >= 200)
 
     def test_however_the_bytes_arrive_the_outcomes_are_the_same(self) -> None:
-        server = self.start_with("kv.RECEIVE_SIZE = 1")
+        server = self.start_with("kv.Handler._receive.__defaults__ = (1,)")
         for rule in RULES:
             # Whether the body is on the way is not known before its first byte is read.
             if len(rule.sent) < 4000 and rule.what != "body on the way":
@@ -1500,6 +1500,7 @@ class ServerTest(KVTest):
                 client.recv(1000)
                 if count == 1000:
                     before = server.resident_bytes()
+            self.assertGreater(server.descriptors(), number)
             each = (server.resident_bytes() - before) / (number - 1000)
             self.assertLess(each, 3 * 1024)
             self.stop_at_once(server)
@@ -1698,6 +1699,7 @@ class IdleTest(KVTest):
         with kv.Server("127.0.0.1", 0, NO_LOG, False) as server, socket.socket() as connection:
             with unittest.mock.patch.object(server._selector, "register", side_effect=MemoryError):
                 self.assertRaises(MemoryError, server._park, connection, b"")
+            server._close(connection)
             self.assertEqual(server.parked, {})
 
 
@@ -1720,7 +1722,7 @@ class ScarcityTest(KVTest):
         server = self.start(preexec_fn=descriptor_limit(128))
         server.request("PUT", "/kv/a", b"1")
         clients = [self.client(server) for _ in range(300)]
-        most = 128 - kv.RESERVED_DESCRIPTORS
+        most = 128 - kv.RESERVED_DESCRIPTORS - 5
         wait_until(lambda: server.descriptors() > most, "the limit is reached")
         before = server.cpu_seconds()
         time.sleep(1)  # the time over which is measured
@@ -1864,21 +1866,64 @@ class ScarcityTest(KVTest):
             for _ in range(2):
                 with Client(server.server_address[1]) as client:
                     self.assertEqual(client.request("GET", "/health").status, 200)
-            server.drain()
+            server.stop()
             self.assertTrue(server.join(time.monotonic() + DEADLINE))
         self.assertIsInstance(server.log.error.call_args[0][0], MemoryError)
+
+    def test_without_memory_even_to_report_it_a_worker_goes_on(self) -> None:
+        """The connection is closed, and another one is served by the same worker."""
+        server = kv.Server("127.0.0.1", 0, NO_LOG, False)
+        server.log = unittest.mock.Mock()
+        server.log.error.side_effect = MemoryError
+        with unittest.mock.patch.object(kv, "MAX_WORKERS", 1):
+            server.start(kv.Store({}))
+            failing = unittest.mock.patch.object(kv.Handler, "handle", side_effect=MemoryError)
+            with failing, Client(server.server_address[1]) as client:
+                self.assertTrue(client.is_closed())
+            with Client(server.server_address[1]) as client:
+                self.assertEqual(client.request("GET", "/health").status, 200)
+            server.stop()
+            self.assertTrue(server.join(time.monotonic() + DEADLINE))
 
     def test_without_memory_even_to_report_it_the_thread_goes_on(self) -> None:
         log = kv.Log()
         with unittest.mock.patch("traceback.walk_tb", side_effect=MemoryError):
             log.error(MemoryError())
 
-    def test_a_thread_for_which_there_is_no_memory_is_no_worker(self) -> None:
-        """Or the shutdown would join it, which is an error as it has never been started."""
-        with kv.Server("127.0.0.1", 0, NO_LOG, False) as server:
-            with unittest.mock.patch("threading.Thread.start", side_effect=MemoryError):
-                server._have_one_free()
-            self.assertEqual(server._workers, set())
+    @on_linux
+    def test_after_a_spell_without_memory_everybody_is_served(self) -> None:
+        """A thread may end before it runs, and a worker anywhere; none may be counted for good."""
+        server = self.start()
+        limit, infinite = server.address_space_bytes() + 30_000_000, resource.RLIM_INFINITY
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (limit, infinite))
+        sizes = itertools.cycle((10, 1000, 50_000, 400_000))
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            loops = [Loop(put(f"{n}", "x" * next(sizes)) for _ in range(5)) for n in range(150)]
+            keep_alive(server.port, loops, 5)
+        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (infinite, infinite))
+        clients = [self.client(server) for _ in range(50)]
+        for client in clients:
+            client.send(request("GET", "/health"))
+        for client in clients:
+            self.assertEqual(client.receive().status, 200)
+        self.assertFalse("Traceback" in server.log)
+        self.stop_at_once(server)
+
+    def test_a_mistake_in_a_request_costs_one_connection(self) -> None:
+        server = self.start_with("kv.Handler.do_health = lambda self: 1 / 0")
+        client = self.client(server)
+        client.send(request("GET", "/health"))
+        self.assertTrue(client.is_closed())
+        server.wait_for_log("kv.py: error: ZeroDivisionError('division by zero') in <lambda>")
+        self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
+        self.stop_at_once(server)
+
+    def test_a_thread_that_ends_before_it_runs_is_no_traceback(self) -> None:
+        server = self.start_with("kv.Server._work = lambda *_: 1 / 0")
+        server.wait_for_log("kv.py: error: ZeroDivisionError")
+        self.assertEqual(server.stop(), 0)
+        self.assertNotIn("Traceback", server.log)
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
     def test_stays_on_one_core(self) -> None:
@@ -2176,16 +2221,17 @@ class ShutdownTest(KVTest):
 
     def test_the_backlog_is_served_also_when_there_are_no_descriptors(self) -> None:
         server = self.start(preexec_fn=descriptor_limit(40))
-        idle = [self.client(server) for _ in range(40 - 3 - kv.RESERVED_DESCRIPTORS)]
+        idle = [self.client(server) for _ in range(40 - 5 - kv.RESERVED_DESCRIPTORS)]
         for client in idle:
             client.request("GET", "/health")
-        waiting = [self.client(server) for _ in range(8)]
+        waiting = [self.client(server) for _ in range(60)]  # which stay when they are answered
         for number, client in enumerate(waiting):
             client.send(put(f"{number}", "value"))
         time.sleep(0.5)  # until all are idle
         server.send_signal()
         self.assertEqual([client.receive().status for client in waiting], [200] * len(waiting))
         self.assertEqual(server.exit_code(), 0)
+        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
         self.assertEqual(len(self.read_snapshot()), len(waiting))
 
     def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
@@ -2232,8 +2278,9 @@ class ShutdownTest(KVTest):
         server.wait_for_log("4 given up\nkv.py: cannot save: File too large")
 
         # A second is left for the next lines, until the last try to save.
-        late.send(b"e")
-        self.assertEqual(late.receive().status, 503)
+        late.send(b"e" + put("later", "value"))
+        answer = late.receive()
+        self.assertEqual((answer.status, answer.fields["Connection"]), (503, "close"))
         self.limit_file_size(server, resource.RLIM_INFINITY)
         self.assertEqual(server.exit_code(), 0)
         self.assertEqual(set(self.read_snapshot()), {"a", "large"})
@@ -2281,7 +2328,7 @@ class LastSaveTest(KVTest):
         clients = [self.client(server) for _ in range(276)]
         for client in clients:
             client.send(put("half", "value")[:-1])
-        most = 256 - kv.RESERVED_DESCRIPTORS
+        most = 256 - kv.RESERVED_DESCRIPTORS - 5
         wait_until(lambda: server.descriptors() > most, "the limit is reached")
         self.assertEqual(server.stop(), 0)
         self.assertNotIn("cannot save", server.log)
@@ -2391,7 +2438,7 @@ class LastSaveTest(KVTest):
         self.assertEqual(self.read_snapshot(), {"b": "2"})
 
     def test_whatever_happens_in_the_drain_there_is_a_last_save(self) -> None:
-        for mistake in ("Server.drain", "Server.join", "Server._drop_silent"):
+        for mistake in ("Server.stop", "Server.join", "Server._drop_silent"):
             with self.start_with(f"kv.{mistake} = lambda *_: 1 / 0") as server:
                 with server.connect() as client:
                     client.request("PUT", f"/kv/{mistake}", b"1")
@@ -2422,7 +2469,7 @@ class LastSaveTest(KVTest):
 def inherit_40_of_256() -> None:
     """For preexec_fn."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    for number in range(3, 43):
+    for number in (*range(3, 23), *range(230, 250)):
         os.dup2(0, number)
 
 
@@ -2516,7 +2563,7 @@ class ShutdownStepsTest(unittest.TestCase):
         class Server:
             in_hand, parked = 1, ()
 
-            def drain(self) -> None: ...
+            def stop(self) -> None: ...
 
             def join(self, until: float) -> bool:
                 Clock.sleep(0 if drained else max(0, until - now))
