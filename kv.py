@@ -20,9 +20,9 @@ server goes on, and --save-every does so by itself. A shutdown has a time limit 
 
     0 s    Clients in the backlog are served. After that, answers say `Connection: close`. Idle
            connections are closed after a quarter of a second. Requests in flight go on.
-    1 s    If a request is still in flight, what has been acknowledged is saved, again each second.
-    12 s   (earlier if saves are slow) What is still in flight is given up. From here on, a write is
-           answered 503. The last snapshot is written. If that fails, it is tried again.
+    1 s    If a request is still in flight, acknowledged writes are saved, now and each second.
+    12 s   (earlier if saves are slow) What is still in flight is not waited for. A write is
+           answered 503 now. The last snapshot is written. If that fails, it is tried again.
     15 s   The process exits, unless the last save takes much longer than those before. Supervisors
            such as the test harness of lsfr.io send SIGKILL then.
 
@@ -99,8 +99,8 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # left behind by a save that was killed
     with open(path, "x+b") as file:
-        # check_opcodes knows no other protocol, and no memo. `fast` leaves out that index of all
-        # strings, which would take a third of the store's size.
+        # check_opcodes knows only this protocol, without the memo. That is an index of all strings,
+        # a third of the store's size, which `fast` leaves out.
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True
         pickler.dump(pairs)
@@ -324,7 +324,7 @@ class Store:
             if changes == self._saved_changes:
                 return None
             # Requests go on while a copy is written. Copying the dict, not its strings, takes some
-            # milliseconds. A closed store does not change. There may be no memory to copy it.
+            # milliseconds. A closed store does not change, so it needs no copy, nor memory for one.
             pairs = self._pairs if self._closed else self._pairs.copy()
         write(pairs)
         self._saved_changes = changes
@@ -354,7 +354,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^:/?][^/?]*)(.*)")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # Hosts that cannot be the name of a web page, see Handler._route: an IP address, a name that ends
-# in .localhost, or one without a dot (which may be written as %2e), such as a proxy uses.
+# in .localhost, or one without a dot, also none written as %2e, such as a proxy uses.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
@@ -460,7 +460,7 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
         raise Refusal(400, "two Content-Lengths")
     if not digits.isdigit():  # int() takes "+1", "1_0" and " 1 ", too
         raise Refusal(400, "invalid Content-Length")
-    length = int(digits.lstrip(b"0")[:16] or b"0")  # 16 are too many, and int() refuses thousands
+    length = int(digits.lstrip(b"0")[:16] or b"0")  # 16 are too large, int() refuses 5,000
     if length > MAX_VALUE:
         raise Refusal(413, "value too large")
 
@@ -473,7 +473,7 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
 
 @functools.lru_cache(maxsize=16)  # made once a second for each status
 def answer_head(status: int, second: int) -> bytes:
-    """Return what all answers of a second with this status begin with: RFC 9112 4, 9110 6.6.1."""
+    """Return the beginning of each answer with this status in this second: RFC 9110 6.6.1."""
     return (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         f"Date: {formatdate(second, usegmt=True)}\r\n"
@@ -503,11 +503,13 @@ class Log:
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(f"kv.py: {message}\n".encode(errors="backslashreplace"))
 
-    def error(self, error: Exception) -> None:
+    def error(self, error: BaseException) -> None:
         """Report a mistake in this program, or a lack of memory; the other clients are served."""
         with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
-            *_, (frame, line) = traceback.walk_tb(error.__traceback__)  # where it was raised
-            self(f"error: {error!r} in {frame.f_code.co_name}, line {line}")
+            place = ""
+            for frame, line in traceback.walk_tb(error.__traceback__):
+                place = f" in {frame.f_code.co_name}, line {line}"  # the last one raised it
+            self(f"error: {error!r}{place}")
 
     def close(self, seconds: float) -> None:
         """Wait until all is written, for that many seconds at most."""
@@ -517,7 +519,7 @@ class Log:
 
     def _write(self) -> None:
         while line := self._lines.get():
-            if sys.stderr is not None:  # None: 2 may be another file
+            if sys.stderr is not None:  # else 2 may be another file
                 with contextlib.suppress(OSError):
                     os.write(2, line)
 
@@ -606,7 +608,7 @@ class Handler(BaseHTTPRequestHandler):
         # Until the request's end is found, an error closes the connection, because nobody knows
         # where the next one starts.
         self.close_connection = self._may_send_more = True
-        # Otherwise a head that cannot be read would be answered and logged as the previous one.
+        # Else a head that cannot be read is logged like the previous one, and answered like a HEAD.
         self.command, self._line = "", b""
         try:
             self._read_head()
@@ -631,7 +633,7 @@ class Handler(BaseHTTPRequestHandler):
         # DNS rebinding: a web page has its own name lead to 127.0.0.1, and the browser takes us for
         # the page's server. So a server on such an address refuses that name. RFC 9110 15.5.20.
         is_local_host = self._fields.is_local_host
-        if self._target_host:  # the field does not count then: RFC 9112 3.2.2
+        if self._target_host:  # Host does not count then: RFC 9112 3.2.2
             is_local_host = bool(LOCAL_HOST.fullmatch(self._target_host))
         if self.server.is_local and not is_local_host:
             raise Refusal(421, "misdirected request")
@@ -693,7 +695,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not self._http11:
             field += b"Connection: keep-alive\r\n"
         if self.server.verbose:
-            # Quoted, as a client can put control characters into it, and cut.
+            # Quoted and cut, as a client can put anything into it.
             address, line = self.connection.getpeername()[0], repr(self._line)[1:]
             self.server.log(f"{address} {line:.1000} {status} {len(body)}")
         head = answer_head(status, int(time.time()))
@@ -839,10 +841,10 @@ POLL_SECONDS = 0.1
 # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
 # most load balancers) or 90 s (Go). If we closed first, a request could be on its way.
 IDLE_SECONDS = 120.0
-# The same while the server is full. It is longer than the 6.4 s after which a client's kernel may
-# retransmit a first request that was lost in a burst.
+# The same while the server is full. If a first request is lost in a burst, the client's kernel may
+# retransmit it only after 6.4 s.
 SILENT_SECONDS = 10.0
-# The same in a drain, whose end waits for it.
+# The same in a drain, which takes as long.
 DRAIN_SECONDS = 0.25
 # Each client that stalls holds a worker, for up to 15 s. Fewer workers would all be held by fewer
 # clients. More would take more memory, 25 KB each.
@@ -895,7 +897,7 @@ class Server(ThreadingHTTPServer):
         # Each with what has been received of its next request. None is the end.
         self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
         self._workers = 0  # how many there are
-        self._next_start = 0.0  # not before then is another one started
+        self._next_start = 0.0  # until then, none is started, as the last one may not run yet
         limit, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/dev/fd"))
         self._max_connections = max(1, limit - used - RESERVED_DESCRIPTORS)
 
@@ -923,8 +925,11 @@ class Server(ThreadingHTTPServer):
             self.parked = dict.fromkeys(self.parked, time.monotonic())
 
     def join(self, until: float) -> bool:
-        """Wait until `until` (monotonic clock) at most; return whether all threads have ended."""
-        self._acceptor.join(max(0.0, until - time.monotonic()))  # it waits for the workers
+        """Wait for the workers and the acceptor, until `until` on the monotonic clock at most.
+
+        Returns whether all have ended. The acceptor is the last one, see `serve_forever`.
+        """
+        self._acceptor.join(max(0.0, until - time.monotonic()))
         return not self._acceptor.is_alive()
 
     # -- The acceptor --
@@ -934,16 +939,16 @@ class Server(ThreadingHTTPServer):
         while not self.draining or self.in_hand or self.parked:
             self._serve_once(poll_interval)
         self._jobs.put(None)
-        while self._workers:
+        while self._workers:  # none has anything in hand, so they end at once
             time.sleep(poll_interval / 100)
 
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most; have workers serve those who have come."""
         try:
-            self._have_one_free()  # once more, if a start has failed
+            self._have_one_free()  # if an earlier start has failed
             if self.full or self.stopping:
-                # The backlog of a full server ends each wait of the selector. The last answer of a
-                # drain ends none.
+                # The backlog of a full server would end each wait of the selector at once. The last
+                # answer of a drain would end none.
                 time.sleep(seconds / 10)
                 seconds = 0.0
             ready = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
@@ -963,7 +968,7 @@ class Server(ThreadingHTTPServer):
     def _accept(self) -> None:
         """With the lock: accept the clients in the backlog. If stopping, close the listener then.
 
-        Only after that do answers say close. Whoever reads that would join the backlog again.
+        Only then do answers say close. Who reads it earlier would join the backlog again.
         """
         for _ in range(1000):  # not without end, as workers wait for the lock
             self.full = self.in_hand + len(self.parked) >= self._max_connections
@@ -996,7 +1001,8 @@ class Server(ThreadingHTTPServer):
     def _drop_silent(self) -> None:
         """Close what has been parked for too long, unless something has arrived after all."""
         while True:
-            limit = SILENT_SECONDS if self.full else IDLE_SECONDS  # one closed, it is not full
+            # Asked anew each time, as a close ends `full`.
+            limit = SILENT_SECONDS if self.full else IDLE_SECONDS
             if self.stopping:
                 limit = DRAIN_SECONDS
             with self._lock:
@@ -1020,18 +1026,16 @@ class Server(ThreadingHTTPServer):
     # -- The workers --
 
     def _have_one_free(self) -> None:
-        """Start a worker if none is free.
-
-        Not by Thread.start(), which waits until the thread runs. Without memory, it never does.
-        """
+        """Start a worker if none is free, and none is about to run."""
         with self._lock:
             now = time.monotonic()
             if self.in_hand < self._workers or self._workers >= MAX_WORKERS:
                 return
             if now < self._next_start:
-                return  # one has been started, and has not run yet
+                return
             self._next_start = now + POLL_SECONDS
         with contextlib.suppress(RuntimeError, MemoryError):  # the system allows no more threads
+            # Thread.start() would wait until the thread runs, which without memory it never does.
             _thread.start_new_thread(self._work, ())
 
     def is_anybody_waiting(self) -> bool:
@@ -1068,7 +1072,7 @@ class Server(ThreadingHTTPServer):
                 self._park(connection, handler.buffer)
                 closing = False
         except Exception as error:  # a mistake in this program, or a lack of memory
-            self.log.error(error)  # without memory, that may raise again
+            self.log.error(error)  # which may raise MemoryError, see `_work`
         finally:
             if closing:
                 self._close(connection)
@@ -1151,7 +1155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="log every request")
     parser.add_argument("--version", action="version", version=f"kv.py {__version__}")
     arguments = parser.parse_args()
-    if not arguments.working_dir:  # an unset variable of a script, not the current directory
+    if not arguments.working_dir:  # a script's unset variable, which does not mean `.`
         parser.error("argument --working-dir: empty")
     return arguments
 
@@ -1295,9 +1299,9 @@ def main() -> None:
     stop_signals = set(STOP_SIGNALS)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
         stop_signals.remove(signal.SIGHUP)
-    # Blocked in this thread and those it starts, a signal waits until it is asked for, and cannot
-    # interrupt anything halfway, as a handler would. SIGTTOU could stop us at a line of the log, if
-    # that is a terminal with `stty tostop`.
+    # Blocked in this thread and those it starts, a signal waits until it is asked for. A handler
+    # would interrupt this thread halfway, with a lock in its hand that the shutdown then waits for.
+    # SIGTTOU could stop us at a line of the log, on a terminal with `stty tostop`.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS | {signal.SIGTTOU})
     os.umask(0o077)  # the snapshot and a new directory are for their owner, who can read them
     stay_on_one_core()
@@ -1314,7 +1318,7 @@ def main() -> None:
         store = Store(pairs)
         saver = Saver(store, snapshot, log, time.monotonic() - begin)
     # A thread that ends for lack of memory before it runs would print a traceback.
-    sys.unraisablehook = lambda unraisable: log.error(cast(Exception, unraisable.exc_value))
+    sys.unraisablehook = lambda unraisable: log.error(unraisable.exc_value or MemoryError())
     with or_exit(listening):
         server.start(store)
     log(f"{count(len(pairs), 'pair')} in {snapshot.path!r}, listening on {server.url}")
