@@ -483,6 +483,13 @@ def answer_head(status: int, second: int) -> bytes:
     ).encode()
 
 
+# Made beforehand, as there is no memory to make it then. RFC 9110 6.6.1 asks for no Date here.
+OUT_OF_MEMORY = (
+    b"HTTP/1.1 507 Insufficient Storage\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    b"Connection: close\r\nContent-Length: 14\r\n\r\nout of memory\n"
+)
+
+
 # ---- Log: lines on stderr ----
 
 
@@ -505,11 +512,13 @@ class Log:
 
     def error(self, error: BaseException) -> None:
         """Report a mistake in this program, or a lack of memory; the other clients are served."""
-        with contextlib.suppress(MemoryError):  # the thread must go on, even without this line
+        try:
             place = ""
             for frame, line in traceback.walk_tb(error.__traceback__):
                 place = f" in {frame.f_code.co_name}, line {line}"  # the last one raised it
             self(f"error: {error!r}{place}")
+        except MemoryError:
+            return  # the thread must go on, even without this line
 
     def close(self, seconds: float) -> None:
         """Wait until all is written, for that many seconds at most."""
@@ -588,9 +597,9 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True  # the client is gone: nobody is left to be told
         except MemoryError as error:
-            self.server.log.error(error)
             self.close_connection = True
-            self._answer(507, b"out of memory\n")
+            self.connection.send(OUT_OF_MEMORY)
+            self.server.log.error(error)
             self._linger()
 
     def _wait_for_request(self, seconds: float) -> bool:
