@@ -42,6 +42,8 @@ import sys
 if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit("kv.py: needs Python 3.9 or later")
 if __name__ == "__main__":
+    # SIGUSR1 would end the process until main cares for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     # Ctrl-C while the other modules are being imported ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -219,6 +221,10 @@ class Snapshot:
         except FileNotFoundError:
             return {}
 
+    def is_missing(self) -> bool:
+        """Whether there is none, as somebody may have removed it, or moved the directory."""
+        return not os.path.exists(self.path)
+
     def save(self, pairs: dict[str, str]) -> None:
         """Replace the snapshot, whole or not at all.
 
@@ -314,14 +320,16 @@ class Store:
         with self._lock:
             self._closed = True
 
-    def save(self, write: Callable[[dict[str, str]], None]) -> int | None:
-        """Hand all pairs to `write`; return how many, or None if no write came since the last time.
+    def save(self, write: Callable[[dict[str, str]], None], missing: bool = False) -> int | None:
+        """Hand all pairs to `write`; return how many.
 
-        What `write` raises is passed on, and the pairs count as unsaved. For one thread at a time.
+        Returns None if there was nothing to do: the pairs are as they were saved, and that is not
+        `missing`. What `write` raises is passed on, and the pairs count as unsaved. For one thread
+        at a time.
         """
         with self._lock:
             changes = self._changes
-            if changes == self._saved_changes:
+            if changes == self._saved_changes and not (missing and self._pairs):
                 return None
             # Requests go on while a copy is written. Copying the dict, not its strings, takes some
             # milliseconds. A closed store does not change, so it needs no copy, nor memory for one.
@@ -501,14 +509,13 @@ class Log:
     """
 
     def __init__(self) -> None:
-        # If nobody reads stderr, 1,000 lines wait, and further ones are dropped.
-        self._lines: queue.Queue[bytes | None] = queue.Queue(1000)
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
 
     def __call__(self, message: str) -> None:
-        with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(f"kv.py: {message}\n".encode(errors="backslashreplace"))
+        if self._lines.qsize() < 1000:  # else nobody reads stderr, and this line is dropped
+            self._lines.put(f"kv.py: {message}\n".encode(errors="backslashreplace"))
 
     def error(self, error: BaseException) -> None:
         """Report a mistake in this program, or a lack of memory; the other clients are served."""
@@ -522,15 +529,19 @@ class Log:
 
     def close(self, seconds: float) -> None:
         """Wait until all is written, for that many seconds at most."""
-        with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(None)
-            self._thread.join(seconds)
+        self._lines.put(None)
+        self._thread.join(seconds)
 
     def _write(self) -> None:
-        while line := self._lines.get():
-            if sys.stderr is not None:  # else 2 may be another file
-                with contextlib.suppress(OSError):
+        while True:
+            try:
+                line = self._lines.get()
+                if not line:
+                    break
+                if sys.stderr is not None:  # else 2 may be another file
                     os.write(2, line)
+            except (OSError, MemoryError):
+                continue  # this line is lost
 
 
 # ---- Handler: the requests of one connection, while they keep coming ----
@@ -574,7 +585,7 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, connection: socket.socket, buffer: bytes, server: Server) -> None:
         """`buffer` has what has already been received of the next request."""
         self.connection, self.buffer, self.server = connection, buffer, server
-        self.command, self._line, self._http11, self.close_connection = "", b"", True, False
+        self.close_connection = False
         self._receive_seconds = 0.0  # no time limit set yet, see _receive
 
     def handle(self) -> None:
@@ -617,8 +628,6 @@ class Handler(BaseHTTPRequestHandler):
         # Until the request's end is found, an error closes the connection, because nobody knows
         # where the next one starts.
         self.close_connection = self._may_send_more = True
-        # Else a head that cannot be read is logged like the previous one, and answered like a HEAD.
-        self.command, self._line = "", b""
         try:
             self._read_head()
             # The body is read even if the request is refused, as the next one starts behind it.
@@ -708,7 +717,7 @@ class Handler(BaseHTTPRequestHandler):
             address, line = self.connection.getpeername()[0], repr(self._line)[1:]
             self.server.log(f"{address} {line:.1000} {status} {len(body)}")
         head = answer_head(status, int(time.time()))
-        sent_body = b"" if self.command == "HEAD" else body
+        sent_body = b"" if self._line.startswith(b"HEAD ") else body
         self._send(b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body))
 
     def _send(self, data: bytes) -> None:
@@ -744,11 +753,11 @@ class Handler(BaseHTTPRequestHandler):
         self._deadline = time.monotonic() + STALL_SECONDS
         self.buffer = self.buffer.removeprefix(b"\r\n")
         while b"\r\n\r\n" not in self.buffer:
+            self._line = self.buffer.partition(b"\r\n")[0]  # for the answer, if this is refused
             check_unfinished_head(self.buffer)
             self._receive_more()
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
         self._line, _, block = head.partition(b"\r\n")
-        # The method first: if the fields of a HEAD are refused, that answer has no body either.
         self.command, self._target_host, self.path, self._http11 = parse_request_line(self._line)
         self._fields = parse_fields(block, self._http11)
 
@@ -946,7 +955,10 @@ class Server(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
         """Accept, resume and close connections, until a drain has closed the last one."""
         while not self.draining or self.in_hand or self.parked:
-            self._serve_once(poll_interval)
+            try:
+                self._serve_once(poll_interval)
+            except MemoryError:  # not even for a call, or for a line in the log
+                time.sleep(POLL_SECONDS)
         self._jobs.put(None)
         while self._workers:  # none has anything in hand, so they end at once
             time.sleep(poll_interval / 100)
@@ -996,8 +1008,8 @@ class Server(ThreadingHTTPServer):
                 break
             # On BSD and macOS, a connection is non-blocking like its listener.
             os.set_blocking(connection.fileno(), True)
-            self.in_hand += 1
             self._jobs.put((connection, b""))
+            self.in_hand += 1  # not before, as there may be no memory for a job
 
     def _resume(self, connection: socket.socket) -> bytes:
         """With the lock: take a connection out of the parked ones; return what it has sent."""
@@ -1055,36 +1067,40 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             self._workers += 1
             self._next_start = 0.0
+        job = None  # the one whose connection is still to be closed
         while True:
             try:
+                if job:
+                    self._close(job[0])
+                    job = None
                 job = self._jobs.get(timeout=SPARE_SECONDS)
                 if not job:
                     break
-                self._serve(*job)
-            except (queue.Empty, MemoryError):
+                if self._serve(*job):
+                    job = None
+            except queue.Empty:
                 with self._lock:
                     if self._workers > self.in_hand + 1:  # one stays for the next job
                         self._workers -= 1
                         return
+            except MemoryError:  # not even for a call, or for a line in the log
+                time.sleep(POLL_SECONDS)
         self._jobs.put(None)  # for the next worker
         with self._lock:
             self._workers -= 1
 
-    def _serve(self, connection: socket.socket, received: bytes) -> None:
-        """Serve a connection while requests keep coming; then park or close it."""
-        closing = True
+    def _serve(self, connection: socket.socket, received: bytes) -> bool:
+        """Serve a connection while requests keep coming; return whether it is parked then."""
         try:
             self._have_one_free()  # for the next job, without waiting for the acceptor
             handler = Handler(connection, received, self)
             handler.handle()
             if not handler.close_connection:
                 self._park(connection, handler.buffer)
-                closing = False
+                return True
         except Exception as error:  # a mistake in this program, or a lack of memory
-            self.log.error(error)  # which may raise MemoryError, see `_work`
-        finally:
-            if closing:
-                self._close(connection)
+            self.log.error(error)
+        return False
 
     def _park(self, connection: socket.socket, received: bytes) -> None:
         """Park a connection, or put it at the end of the queue if its next request has begun."""
@@ -1133,7 +1149,8 @@ def or_exit(doing: str) -> Iterator[None]:
 
 class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"kv.py: {message} (see kv.py --help)\n")  # one line, without the usage
+        one_line = message.encode("unicode_escape").decode()  # whatever the arguments contain
+        self.exit(2, f"kv.py: {one_line} (see kv.py --help)\n")
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
@@ -1158,7 +1175,7 @@ def parse_arguments() -> argparse.Namespace:
         ("--graceful-timeout", "SECONDS", whole_number(1, 10**6), 15, "from a signal to the exit"),
         ("--save-every", "SECONDS", whole_number(0, 10**6), 0, "save by itself, too; 0 is never"),
     ):
-        text = f"{text} (default: %(default)s)"
+        text = f"{text} (default: %(default)r)"
         parser.add_argument(name, metavar=what, type=kind, default=default, help=text)
     parser.add_argument("--dump", action="store_true", help="print the snapshot as JSON Lines")
     parser.add_argument("--verbose", action="store_true", help="log every request")
@@ -1218,7 +1235,7 @@ class Saver:
         """Return why it failed, empty if it did not."""
         begin = time.monotonic()
         try:
-            saved = self._store.save(self._snapshot.save)
+            saved = self._store.save(self._snapshot.save, self._snapshot.is_missing())
         except Exception as error:  # whatever it is, there may be another try
             self._log(f"cannot save: {reason(error)}")
             return reason(error)
@@ -1244,10 +1261,13 @@ def save_until_stopped(saver: Saver, stop_signals: set[Any]) -> tuple[float, set
     while not received:
         first = signal.sigwait(stop_signals | SAVE_SIGNALS)
         begin = time.monotonic()
-        if first in SAVE_SIGNALS:
-            saver.save()
-        else:
+        if first not in SAVE_SIGNALS:
             received.add(first)
+        else:
+            try:
+                saver.save()
+            except MemoryError:  # not even for a line in the log
+                continue
         # Take all that are pending, so that none of them looks like one that is sent again.
         while pending := signal.sigpending() & stop_signals:
             received.add(signal.sigwait(pending))
