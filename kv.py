@@ -5,13 +5,14 @@ It needs Python 3.9 or later and nothing else, and listens on http://127.0.0.1:8
 otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 text of 1 byte to
 10 MiB, and a value comes back byte for byte.
 
-    PUT    /kv/{key}   store the body under key   200, 400, 413, 503, 507
+    PUT    /kv/{key}   store the body under key   200, 400, 413, 503
     GET    /kv/{key}   the value                  200, 400, 404   (HEAD: without the body)
     DELETE /kv/{key}   remove the key             200, 400, 503   (also if there was none)
     DELETE /clear      remove every key           200, 503
     GET    /health     "ok"                       200             (HEAD: without the body)
 
-Any other request is answered 404 or 405, and a malformed or excessive one 400 to 501.
+Any other request is answered 404 or 405, a malformed or excessive one 400 to 501, and one for which
+there is no memory 507.
 
 All pairs live in memory. A stop signal, such as SIGTERM or SIGINT, shuts the server down and writes
 them to a snapshot in the working directory. The next start reads them back. SIGUSR1 saves while the
@@ -87,7 +88,7 @@ __version__ = "1.0.0"
 # The file is a pickle of the dict, followed by the SHA-256 digest of that pickle. A crash in the
 # middle of a save must not leave half a file. So each save writes a new file, and gives it the name
 # of the old one when it is complete. A load must not believe a file that something or somebody has
-# altered. A pickle is a program for a small stack machine, which can call any function.
+# altered. A pickle is a program for a small stack machine, so a forged one could run any code.
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 
@@ -277,9 +278,9 @@ class StoreClosed(Exception):
 
 
 class Store:
-    """A dict of strings that any number of threads may use at once, until it is closed.
+    """A dict of strings that any number of threads may use at once. Closed, it can only be read.
 
-    Its lock makes each method one step for the others. A write that has the lock before `close` is
+    Its lock makes each access one step for the others. A write that has the lock before `close` is
     part of the save that follows. One that has it afterwards is refused. So no acknowledged write
     is left out.
     """
@@ -323,9 +324,8 @@ class Store:
     def save(self, write: Callable[[dict[str, str]], None], missing: bool = False) -> int | None:
         """Hand all pairs to `write`; return how many.
 
-        Returns None if there was nothing to do: the pairs are as they were saved, and that is not
-        `missing`. What `write` raises is passed on, and the pairs count as unsaved. For one thread
-        at a time.
+        Returns None if no write came since the last time, unless the saved pairs are `missing`.
+        What `write` raises is passed on, and the pairs count as unsaved. For one thread at a time.
         """
         with self._lock:
             changes = self._changes
@@ -348,7 +348,7 @@ class Store:
 # The largest value, in bytes. Receiving it can take three times as much memory, storing it four
 # times, as one emoji makes a str use four bytes for every character.
 MAX_VALUE = 10 * 1024 * 1024
-# The request line, or a chunk's size with extensions, in bytes. RFC 9112 3 asks for room for 8,000.
+# The request line, or a line in a chunked body, in bytes. RFC 9112 3 asks for room for 8,000.
 MAX_LINE = 8192
 # The field lines of a request, in bytes and in lines. Browsers with all their cookies stay under
 # 16 KiB and 50 lines. Each connection can hold so much memory.
@@ -362,7 +362,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^:/?][^/?]*)(.*)")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # Hosts that cannot be the name of a web page, see Handler._route: an IP address, a name that ends
-# in .localhost, or one without a dot, also none written as %2e, such as a proxy uses.
+# in .localhost, or one without a dot, even an escaped one.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
@@ -378,7 +378,6 @@ class Refusal(Exception):
     """A request that is answered with an error: its status, a line of text, one more field."""
 
     def __init__(self, status: int, reason: str, field: bytes = b"") -> None:
-        super().__init__(status, reason, field)
         self.status, self.reason, self.field = status, reason, field
 
 
@@ -464,7 +463,7 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
         raise Refusal(501, "only the chunked transfer coding")
     digits = lengths[0] if lengths else b"0"
     # With two different lengths, a proxy in front may have gone by the other one.
-    if any(length != digits for length in lengths):
+    if len(set(lengths)) > 1:
         raise Refusal(400, "two Content-Lengths")
     if not digits.isdigit():  # int() takes "+1", "1_0" and " 1 ", too
         raise Refusal(400, "invalid Content-Length")
@@ -565,10 +564,16 @@ PAUSE_SECONDS = 0.1
 STALL_SECONDS = 15.0
 # An upload that is slower on average is cut off, and so is an answer.
 BYTES_PER_SECOND = 1024
-# How many seconds a client may go on sending when it has its last answer.
+# How many seconds a client may go on sending when it has its last answer, but not in a drain.
 LINGER_SECONDS = 5.0
 # How many bytes are received at once. Each worker that waits has so much memory allocated.
 RECEIVE_SIZE = 16 * 1024
+
+
+def timeval(seconds: float) -> bytes:
+    """Seconds as the C structure that socket options take: whole ones, and microseconds."""
+    microseconds = max(1, int(seconds * 1_000_000))  # 0 would mean no limit
+    return struct.pack("ll", *divmod(microseconds, 1_000_000))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -586,7 +591,7 @@ class Handler(BaseHTTPRequestHandler):
         """`buffer` has what has already been received of the next request."""
         self.connection, self.buffer, self.server = connection, buffer, server
         self.close_connection = False
-        self._receive_seconds = 0.0  # no time limit set yet, see _receive
+        self._receive_limit = 0.0  # in seconds, if `_receive` has set one
 
     def handle(self) -> None:
         """Serve requests until none comes for a moment, or another connection needs the worker.
@@ -627,7 +632,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         # Until the request's end is found, an error closes the connection, because nobody knows
         # where the next one starts.
-        self.close_connection = self._may_send_more = True
+        self.close_connection = self._must_linger = True
         try:
             self._read_head()
             # The body is read even if the request is refused, as the next one starts behind it.
@@ -643,7 +648,7 @@ class Handler(BaseHTTPRequestHandler):
         except StoreClosed:
             self.close_connection = True
             self._answer(503, b"shutting down\n")
-        if self.close_connection and self._may_send_more:
+        if self.close_connection and self._must_linger:
             self._linger()
 
     def _route(self) -> Callable[[], None]:
@@ -772,7 +777,7 @@ class Handler(BaseHTTPRequestHandler):
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
         # Who has said close sends nothing more, except perhaps an empty line behind a body.
-        self._may_send_more = fields.keep_alive or bool(self._body)
+        self._must_linger = fields.keep_alive or bool(self._body)
 
     def _read_chunks(self) -> bytearray:
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
@@ -836,22 +841,16 @@ class Handler(BaseHTTPRequestHandler):
         """
         if seconds <= 0:
             return self.connection.recv(size, socket.MSG_DONTWAIT)
-        if seconds != self._receive_seconds:
+        if seconds != self._receive_limit:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval(seconds))
-            self._receive_seconds = seconds
+            self._receive_limit = seconds
         return self.connection.recv(size)
-
-
-def timeval(seconds: float) -> bytes:
-    """Seconds as the C structure that socket options take: whole ones, and microseconds."""
-    microseconds = max(1, int(seconds * 1_000_000))  # 0 would mean no limit
-    return struct.pack("ll", *divmod(microseconds, 1_000_000))
 
 
 # ---- Server: the thread that accepts, and the workers ----
 #
-# A connection is accepted; in hand, while it waits for a worker or has one; parked, while it is
-# idle; and closed. A parked connection costs no thread, and about 2 KiB.
+# A connection is accepted, then in hand (it waits for a worker or has one) or parked (it is idle),
+# and at last closed. A parked connection costs no thread, and about 2 KiB.
 
 # How many seconds the acceptor waits for clients. A shutdown may start so much later. If it were
 # shorter, an idle server would wake more.
@@ -859,10 +858,10 @@ POLL_SECONDS = 0.1
 # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
 # most load balancers) or 90 s (Go). If we closed first, a request could be on its way.
 IDLE_SECONDS = 120.0
-# The same while the server is full. If a first request is lost in a burst, the client's kernel may
-# retransmit it only after 6.4 s.
+# How many seconds while the server is full. If a first request is lost in a burst, the client's
+# kernel may retransmit it only after 6.4 s.
 SILENT_SECONDS = 10.0
-# The same in a drain, which takes as long.
+# How many seconds in a drain, which takes as long.
 DRAIN_SECONDS = 0.25
 # Each client that stalls holds a worker, for up to 15 s. Fewer workers would all be held by fewer
 # clients. More would take more memory, 25 KB each.
@@ -886,10 +885,12 @@ class Server(ThreadingHTTPServer):
       then. Epoll and kqueue notice at once what a worker registers while the acceptor waits,
       other selectors after POLL_SECONDS.
 
-    `_lock` guards what both change: `parked` with the selector, `in_hand`, `full`, `_workers`,
-    `_next_start`. A look at a flag or a number needs no lock where the answer may be old.
+    `_lock` guards what several threads change: `parked` with the selector, `in_hand`, `full`,
+    `_workers`, `_next_start`. A look at a flag or a number needs no lock where it may be old.
     """
 
+    # Some releases of Python would share the port with another server that listens on it.
+    allow_reuse_port = False
     # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
     # 3 s, 7 s. The kernel lowers this to what it allows (somaxconn, 4,096 on Linux).
     request_queue_size = 65_535
@@ -904,7 +905,7 @@ class Server(ThreadingHTTPServer):
         # A loopback address: only processes on this machine can reach it, browsers among them.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.log, self.verbose = log, verbose
-        self.stopping = False  # `stop` was called, and the backlog is being served to its end
+        self.stopping = False  # `stop` was called, after which the backlog is still served
         self.draining = False  # the listener is closed, and each answer is a connection's last
         self.full = False  # there are as many connections as descriptors for them
         self.in_hand = 0  # how many connections are in `_jobs` or with a worker
@@ -968,17 +969,17 @@ class Server(ThreadingHTTPServer):
         try:
             self._have_one_free()  # if an earlier start has failed
             if self.full or self.stopping:
-                # The backlog of a full server would end each wait of the selector at once. The last
-                # answer of a drain would end none.
+                # The backlog of a full server would end each wait of the selector at once. A worker
+                # that closes the last connection of a drain would end none.
                 time.sleep(seconds / 10)
                 seconds = 0.0
             ready = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
-            # Workers wait for this lock before they begin a job, see `_serve`. So the backlog of a
-            # burst is emptied first, and does not overflow.
+            # Workers wait for this lock before they begin a job, in `_have_one_free`. So the
+            # backlog of a burst is emptied first, and does not overflow.
             with self._lock:
                 for connection in ready:
                     if connection is not self.socket:
-                        self._jobs.put((connection, self._resume(connection)))
+                        self._give_to_worker(connection, self._unpark(connection))
                 if not self.draining:
                     self._accept()  # also if there is nobody, as a drain needs to know that
             self._drop_silent()
@@ -1008,15 +1009,18 @@ class Server(ThreadingHTTPServer):
                 break
             # On BSD and macOS, a connection is non-blocking like its listener.
             os.set_blocking(connection.fileno(), True)
-            self._jobs.put((connection, b""))
-            self.in_hand += 1  # not before, as there may be no memory for a job
+            self._give_to_worker(connection, b"")
 
-    def _resume(self, connection: socket.socket) -> bytes:
+    def _give_to_worker(self, connection: socket.socket, received: bytes) -> None:
+        """With the lock: have a worker serve a connection."""
+        self._jobs.put((connection, received))
+        self.in_hand += 1  # not if there was no memory for a job, and the connection is lost
+
+    def _unpark(self, connection: socket.socket) -> bytes:
         """With the lock: take a connection out of the parked ones; return what it has sent."""
         # Unregistered before it can be closed, as the next descriptor may get its number.
         received: bytes = self._selector.unregister(connection).data
         del self.parked[connection]
-        self.in_hand += 1
         return received
 
     def _drop_silent(self) -> None:
@@ -1030,19 +1034,13 @@ class Server(ThreadingHTTPServer):
                 connection, since = next(iter(self.parked.items()), (None, 0.0))
                 if not connection or time.monotonic() - since < limit:
                     break
-                received = self._resume(connection)
-            try:
-                connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-                self._jobs.put((connection, received))
-            except OSError:  # nothing has arrived, or the client has reset it
-                self._close(connection)
-
-    def _close(self, connection: socket.socket) -> None:
-        connection.close()
-        with self._lock:
-            self.parked.pop(connection, None)  # what could not be registered, see `_park`
-            self.in_hand -= 1
-            self.full = False
+                received = self._unpark(connection)
+                try:
+                    connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                    self._give_to_worker(connection, received)
+                except OSError:  # nothing has arrived, or the client has reset it
+                    connection.close()
+                    self.full = False
 
     # -- The workers --
 
@@ -1050,9 +1048,8 @@ class Server(ThreadingHTTPServer):
         """Start a worker if none is free, and none is about to run."""
         with self._lock:
             now = time.monotonic()
-            if self.in_hand < self._workers or self._workers >= MAX_WORKERS:
-                return
-            if now < self._next_start:
+            is_one_free = self.in_hand < self._workers or now < self._next_start
+            if is_one_free or self._workers >= MAX_WORKERS:
                 return
             self._next_start = now + POLL_SECONDS
         with contextlib.suppress(RuntimeError, MemoryError):  # the system allows no more threads
@@ -1067,7 +1064,7 @@ class Server(ThreadingHTTPServer):
         with self._lock:
             self._workers += 1
             self._next_start = 0.0
-        job = None  # the one whose connection is still to be closed
+        job = None  # its connection is in hand until it is parked or closed
         while True:
             try:
                 if job:
@@ -1104,13 +1101,20 @@ class Server(ThreadingHTTPServer):
 
     def _park(self, connection: socket.socket, received: bytes) -> None:
         """Park a connection, or put it at the end of the queue if its next request has begun."""
+        if received not in NO_REQUEST:
+            self._jobs.put((connection, received))  # already read, so no selector reports it
+            return
         with self._lock:
-            if received not in NO_REQUEST:
-                self._jobs.put((connection, received))  # already read, so no selector reports it
-                return
             self.parked[connection] = time.monotonic()
             self._selector.register(connection, selectors.EVENT_READ, received)
             self.in_hand -= 1
+
+    def _close(self, connection: socket.socket) -> None:
+        connection.close()
+        with self._lock:
+            self.parked.pop(connection, None)  # if `_park` has failed halfway
+            self.in_hand -= 1
+            self.full = False
 
 
 # ---- Process: arguments, signals, when to save, and the order of a shutdown ----
@@ -1261,13 +1265,13 @@ def save_until_stopped(saver: Saver, stop_signals: set[Any]) -> tuple[float, set
     while not received:
         first = signal.sigwait(stop_signals | SAVE_SIGNALS)
         begin = time.monotonic()
-        if first not in SAVE_SIGNALS:
-            received.add(first)
-        else:
+        if first in SAVE_SIGNALS:
             try:
                 saver.save()
             except MemoryError:  # not even for a line in the log
                 continue
+        else:
+            received.add(first)
         # Take all that are pending, so that none of them looks like one that is sent again.
         while pending := signal.sigpending() & stop_signals:
             received.add(signal.sigwait(pending))
@@ -1281,7 +1285,7 @@ def shut_down(
 
     `begin` is when the signals came that are in `received`, on the monotonic clock.
     """
-    # How often to look for the end of requests, for room on the disk, for the signal.
+    # How often to save, to try again, and to look for the signal.
     step = min(1.0, seconds / 15)
 
     def is_sent_again() -> bool:
@@ -1335,14 +1339,14 @@ def main() -> None:
     os.umask(0o077)  # the snapshot and a new directory are for their owner, who can read them
     stay_on_one_core()
     set_limits(arguments.graceful_timeout)
-    with or_exit(listening):  # before the load, which may take long; it listens after that
+    with or_exit(listening):  # bound before the load, which may take long; listening after it
         log = Log()
         server = Server(arguments.host, arguments.port, log, arguments.verbose)
     with or_exit(using):
         snapshot.open()
     with or_exit(f"cannot load {snapshot.path!r}"):
         begin = time.monotonic()
-        # A damaged one stops the start. With an empty store, the next save would replace it.
+        # A damaged one stops the start. Starting empty instead, the next save would replace it.
         pairs = snapshot.load()
         store = Store(pairs)
         saver = Saver(store, snapshot, log, time.monotonic() - begin)
@@ -1357,8 +1361,8 @@ def main() -> None:
     log(" and ".join(signal.Signals(number).name for number in received))
     failure = shut_down(server, saver, log, begin, arguments.graceful_timeout, received)
     log.close(LOG_SECONDS)
-    # Not by way of sys.exit(): the interpreter would first tidy up, and wait for its lock among
-    # thousands of threads meanwhile. Everything is on the disk, and nothing is left to flush.
+    # Not by way of sys.exit(): the interpreter would first tidy up, which takes long if there are
+    # thousands of threads. Everything is on the disk, and nothing is left to flush.
     os._exit(1 if failure else 0)
 
 

@@ -2969,6 +2969,11 @@ class CommandLineTest(KVTest):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             self.assert_refuses_to_start(f"port {port}: Address already in use", f"--port={port}")
+        # Some releases of Python have this.
+        script = "import kv; kv.ThreadingHTTPServer.allow_reuse_port = True; kv.main()"
+        sharing: dict[str, Any] = {"command": [sys.executable, "-c", script], "cwd": HERE}
+        with ServerProcess(self.top / "first", **sharing) as server:
+            self.assert_refuses_to_start("in use", f"--port={server.port}", **sharing)
 
     @on_linux
     def test_without_a_thread_that_accepts_the_start_is_refused(self) -> None:
