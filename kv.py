@@ -217,14 +217,18 @@ class Snapshot:
 
     def load(self) -> dict[str, str]:
         """Return the saved pairs, none if there is no snapshot; raises what read_pairs does."""
+        self._ours = self._identity()
         try:
             return read_pairs(self.path)
         except FileNotFoundError:
             return {}
 
-    def is_missing(self) -> bool:
-        """Whether there is none, as somebody may have removed it, or moved the directory."""
-        return not os.path.exists(self.path)
+    def is_ours(self) -> bool:
+        """Whether the file is the one that was loaded or saved last, or there is still none.
+
+        Else somebody has removed it, or put another file or directory into its place.
+        """
+        return self._identity() == self._ours
 
     def save(self, pairs: dict[str, str]) -> None:
         """Replace the snapshot, whole or not at all.
@@ -243,6 +247,7 @@ class Snapshot:
             write_pairs(self._temporary, pairs)
             os.replace(self._temporary, self.path)
             self._sync_names()
+            self._ours = self._identity()
         except Exception:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)  # half a file would keep a full disk full
@@ -259,6 +264,12 @@ class Snapshot:
                 raise BlockingIOError(error.errno, "in use by another kv.py") from None
             raise
         self._locked = directory
+
+    def _identity(self) -> tuple[int, ...] | None:
+        with contextlib.suppress(OSError):  # there is none, or a save will find out what is wrong
+            file = os.stat(self.path, follow_symlinks=False)
+            return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
+        return None
 
     def _sync_names(self) -> None:
         """Have a new name in the directory reach the disk."""
@@ -321,15 +332,15 @@ class Store:
         with self._lock:
             self._closed = True
 
-    def save(self, write: Callable[[dict[str, str]], None], missing: bool = False) -> int | None:
+    def save(self, write: Callable[[dict[str, str]], None], anyway: bool = False) -> int | None:
         """Hand all pairs to `write`; return how many.
 
-        Returns None if no write came since the last time, unless the saved pairs are `missing`.
-        What `write` raises is passed on, and the pairs count as unsaved. For one thread at a time.
+        Unless it is to be done `anyway`, return None if no write came since the last time. What
+        `write` raises is passed on, and the pairs count as unsaved. For one thread at a time.
         """
         with self._lock:
             changes = self._changes
-            if changes == self._saved_changes and not (missing and self._pairs):
+            if changes == self._saved_changes and not anyway:
                 return None
             # Requests go on while a copy is written. Copying the dict, not its strings, takes some
             # milliseconds. A closed store does not change, so it needs no copy, nor memory for one.
@@ -818,9 +829,9 @@ class Handler(BaseHTTPRequestHandler):
             missing = size - len(body)
             piece, self.buffer = self.buffer[:missing], self.buffer[missing:]
             body += piece
+            self._deadline += len(piece) / BYTES_PER_SECOND
             if len(body) == size:
                 return body
-            self._deadline += len(piece) / BYTES_PER_SECOND
             self._receive_more()
 
     def _receive_more(self) -> None:
@@ -1239,7 +1250,7 @@ class Saver:
         """Return why it failed, empty if it did not."""
         begin = time.monotonic()
         try:
-            saved = self._store.save(self._snapshot.save, self._snapshot.is_missing())
+            saved = self._store.save(self._snapshot.save, not self._snapshot.is_ours())
         except Exception as error:  # whatever it is, there may be another try
             self._log(f"cannot save: {reason(error)}")
             return reason(error)
@@ -1289,13 +1300,15 @@ def shut_down(
     step = min(1.0, seconds / 15)
 
     def is_sent_again() -> bool:
-        # A different signal changes nothing: systemd, for one, may send SIGHUP behind SIGTERM.
-        return bool(signal.sigpending() & received)
+        # A different signal changes nothing: systemd, for one, may send SIGHUP behind SIGTERM. The
+        # kernel sends SIGXCPU again by itself.
+        return bool(signal.sigpending() & received - {signal.SIGXCPU})
 
     def last_moment() -> float:
         # The last save may take longer than those before, or have to be tried again, if the disk is
-        # slow or full. So it gets twice the longest time so far, and a fifth of the time-out.
-        return begin + 0.8 * seconds - 2 * saver.longest
+        # slow or full. So it gets twice the longest time so far, and a fifth of the time-out. But
+        # clients that do not stall are always waited for, which takes a third of a second.
+        return begin + max(0.8 * seconds - 2 * saver.longest, min(0.5, 0.2 * seconds))
 
     try:
         log(f"draining: {count(server.in_hand, 'connection')} in flight, {len(server.parked)} idle")

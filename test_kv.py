@@ -759,8 +759,8 @@ class StoreTest(unittest.TestCase):
         store.save(saved.append)
         store.clear()
         store.save(saved.append)
-        store.save(saved.append, missing=True)  # no pairs, so no snapshot is needed
-        self.assertEqual(saved, [{"a": "1", "b": "2"}, {"b": "2"}, {}])
+        store.save(saved.append, anyway=True)
+        self.assertEqual(saved, [{"a": "1", "b": "2"}, {"b": "2"}, {}, {}])
 
     def test_what_a_save_failed_to_write_is_still_unsaved(self) -> None:
         store = kv.Store({})
@@ -1399,6 +1399,19 @@ class HTTPTest(KVTest):
             fuzz(server, 1500, seed=1)
             self.assertEqual(server.stop(), 0)
             self.assertNotIn("kv.py: error", server.log)
+
+    def test_an_upload_that_is_fast_enough_may_take_longer(self) -> None:
+        """Also if each of its chunks arrives at once."""
+        server = self.start_with("kv.STALL_SECONDS = 1.0")
+        plain, chunked = self.client(server), self.client(server)
+        plain.send(request("PUT", "/kv/a", None, "Content-Length: 10000"))
+        chunked.send(CHUNKED)
+        for _ in range(10):
+            time.sleep(0.2)  # the rate that is tested: 5 KB/s
+            plain.send(b"x" * 1000)
+            chunked.send(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+        chunked.send(b"0\r\n\r\n")
+        self.assertEqual([plain.receive().status, chunked.receive().status], [200, 200])
 
     def test_slow_requests_end_after_their_time(self) -> None:
         """A head that never ends, byte by byte; a body that stalls; one that keeps dribbling."""
@@ -2088,8 +2101,12 @@ class ShutdownTest(KVTest):
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     def test_another_signal_does_not_end_the_waiting(self) -> None:
-        """Systemd and a terminal that is closed send SIGHUP right behind SIGTERM, or before."""
-        for numbers in ((signal.SIGTERM, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)):
+        """Systemd and a terminal that is closed send SIGHUP right behind SIGTERM, or before.
+
+        The kernel sends SIGXCPU each second.
+        """
+        term, hup, xcpu = signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU
+        for numbers in ((term, hup), (hup, term), (xcpu, xcpu)):
             for together in (True, False):
                 with self.start(preexec_fn=not_under_nohup) as server:
                     client = self.begin_upload(server, "a")
@@ -2448,26 +2465,37 @@ class LastSaveTest(KVTest):
         self.assertEqual(shell.wait(DEADLINE), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
-    def test_another_directory_in_the_place_of_ours(self) -> None:
+    def test_something_else_in_the_place_of_ours(self) -> None:
         """Everything is to be found under the path that was given, also what was saved before."""
-        moved = self.top / "moved"
-        takings: tuple[Callable[[], object], ...] = (
-            lambda: shutil.rmtree(self.directory),
-            lambda: self.directory.rename(moved),
-            lambda: self.snapshot.unlink(missing_ok=True),
-        )
-        for take, saved in itertools.product(takings, (False, True)):
-            with self.subTest(saved=saved), self.start() as server:
-                server.request("PUT", "/kv/a", b"1")
-                if saved:
-                    server.send_signal(signal.SIGUSR1)
-                    server.wait_for_log("saved")
-                take()
-                self.directory.mkdir(exist_ok=True)
-                self.assertEqual(server.stop(), 0)
-                self.assertEqual(self.read_snapshot(), {"a": "1"})
-            shutil.rmtree(self.directory)
-            shutil.rmtree(moved, ignore_errors=True)
+        moved, older = self.top / "moved", self.top / "older"
+        older.mkdir()
+        kv.write_pairs(str(older / SNAPSHOT), {"a": "0"})
+
+        def move(replacement: Path | None = None) -> None:
+            self.directory.rename(moved)
+            if replacement:
+                shutil.copytree(replacement, self.directory)
+
+        for what, change in {
+            "no directory": lambda: shutil.rmtree(self.directory),
+            "a new directory": move,
+            "an older directory": lambda: move(older),
+            "no file": lambda: self.snapshot.unlink(missing_ok=True),
+            "an older file": lambda: shutil.copy(older / SNAPSHOT, self.snapshot),
+            "half a file": lambda: self.snapshot.write_text(""),
+        }.items():
+            for saved in (False, True):
+                with self.subTest(what, saved=saved), self.start() as server:
+                    server.request("PUT", "/kv/a", b"1")
+                    if saved:
+                        server.send_signal(signal.SIGUSR1)
+                        server.wait_for_log("saved")
+                    cast(Callable[[], None], change)()
+                    self.directory.mkdir(exist_ok=True)
+                    self.assertEqual(server.stop(), 0)
+                    self.assertEqual(self.read_snapshot(), {"a": "1"})
+                shutil.rmtree(self.directory)
+                shutil.rmtree(moved, ignore_errors=True)
 
     def test_a_directory_in_its_place_that_another_server_uses(self) -> None:
         server = self.start()
@@ -2625,8 +2653,8 @@ class ShutdownStepsTest(unittest.TestCase):
                 return drained
 
         class Snapshot:
-            def is_missing(self) -> bool:
-                return False
+            def is_ours(self) -> bool:
+                return True
 
             def save(self, pairs: dict[str, str]) -> None:
                 Clock.sleep(seconds)
@@ -2648,6 +2676,7 @@ class ShutdownStepsTest(unittest.TestCase):
     def test_the_time_follows_from_the_graceful_timeout(self) -> None:
         self.assertEqual(self.shut_down(graceful=1), (True, [0.07, 0.8]))
         self.assertEqual(self.shut_down(graceful=90), (True, [1, 72]))
+        self.assertEqual(self.shut_down(graceful=1, estimate=9), (True, [0.2, 0.2]))
         outcome = self.shut_down(graceful=5, errors=itertools.repeat(OSError()), drained=True)
         self.assertEqual((outcome[0], outcome[1][-1]), (False, 5.0))
 
@@ -2656,8 +2685,8 @@ class ShutdownStepsTest(unittest.TestCase):
         self.assertEqual(self.shut_down(seconds=3), (True, [4, 6]))
 
     def test_the_first_estimate_is_what_the_load_took(self) -> None:
-        """No early save unless it and the last one fit: here, one ends at 7 s, not at 15 s."""
-        self.assertEqual(self.shut_down(seconds=7, estimate=7), (True, [7, 7]))
+        """No early save unless it and the last one fit: here, one ends at 7.5 s, not at 15 s."""
+        self.assertEqual(self.shut_down(seconds=7, estimate=7), (True, [7.5, 7.5]))
         self.assertEqual(self.shut_down(seconds=4, estimate=4), (True, [8, 8]))
 
     def test_after_an_early_save_that_took_long_there_is_no_more_waiting(self) -> None:
