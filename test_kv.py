@@ -4169,14 +4169,14 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
         with open(top / "plain", "rb") as file:
             return pickle.load(file)
 
-    snapshot = kv.Snapshot(str(top))
+    snapshot = kv.Snapshot(str(top / "large"))
     snapshot.open()
     ours, plain = seconds_of(lambda: snapshot.save(pairs), dump)
     yield "save 1,000,000 pairs, plain: pickle.dump", ours, plain, "s"
     ours, plain = seconds_of(snapshot.load, load)
     yield "load 1,000,000 pairs, plain: pickle.load", ours, plain, "s"
     os.close(snapshot._locked)
-    with ServerProcess(top) as server:
+    with ServerProcess(top / "large") as server:
         # Always different ones, because a connection's last key is answered sooner.
         keys = list(pairs)
         many = [request("GET", f"/kv/{key}") for key in random.sample(keys, 20_000)]
