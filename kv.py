@@ -373,7 +373,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^:/?][^/?]*)(.*)")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # Hosts that cannot be the name of a web page, see Handler._route: an IP address, a name that ends
-# in .localhost, or one without a dot, even an escaped one.
+# in .localhost, or one without any dot, written as it is or escaped.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
@@ -575,7 +575,8 @@ PAUSE_SECONDS = 0.1
 STALL_SECONDS = 15.0
 # An upload that is slower on average is cut off, and so is an answer.
 BYTES_PER_SECOND = 1024
-# How many seconds a client may go on sending when it has its last answer, but not in a drain.
+# How many seconds a client may go on sending when it has its last answer. In a drain, these are
+# DRAIN_SECONDS.
 LINGER_SECONDS = 5.0
 # How many bytes are received at once. Each worker that waits has so much memory allocated.
 RECEIVE_SIZE = 16 * 1024
@@ -869,10 +870,10 @@ POLL_SECONDS = 0.1
 # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s (nginx,
 # most load balancers) or 90 s (Go). If we closed first, a request could be on its way.
 IDLE_SECONDS = 120.0
-# How many seconds while the server is full. If a first request is lost in a burst, the client's
-# kernel may retransmit it only after 6.4 s.
+# How many seconds it may stay parked while the server is full. If a first request is lost in a
+# burst, the client's kernel may retransmit it only after 6.4 s.
 SILENT_SECONDS = 10.0
-# How many seconds in a drain, which takes as long.
+# How many seconds it may stay parked in a drain, which takes as long.
 DRAIN_SECONDS = 0.25
 # Each client that stalls holds a worker, for up to 15 s. Fewer workers would all be held by fewer
 # clients. More would take more memory, 25 KB each.
@@ -1059,8 +1060,8 @@ class Server(ThreadingHTTPServer):
         """Start a worker if none is free, and none is about to run."""
         with self._lock:
             now = time.monotonic()
-            is_one_free = self.in_hand < self._workers or now < self._next_start
-            if is_one_free or self._workers >= MAX_WORKERS:
+            is_one_free, is_one_starting = self.in_hand < self._workers, now < self._next_start
+            if is_one_free or is_one_starting or self._workers >= MAX_WORKERS:
                 return
             self._next_start = now + POLL_SECONDS
         with contextlib.suppress(RuntimeError, MemoryError):  # the system allows no more threads
@@ -1098,7 +1099,7 @@ class Server(ThreadingHTTPServer):
             self._workers -= 1
 
     def _serve(self, connection: socket.socket, received: bytes) -> bool:
-        """Serve a connection while requests keep coming; return whether it is parked then."""
+        """Serve a connection while requests keep coming; return False if it is to be closed."""
         try:
             self._have_one_free()  # for the next job, without waiting for the acceptor
             handler = Handler(connection, received, self)
@@ -1307,7 +1308,7 @@ def shut_down(
     def last_moment() -> float:
         # The last save may take longer than those before, or have to be tried again, if the disk is
         # slow or full. So it gets twice the longest time so far, and a fifth of the time-out. But
-        # clients that do not stall are always waited for, which takes a third of a second.
+        # half a second, or a fifth of a short time-out, is left for clients that do not stall.
         return begin + max(0.8 * seconds - 2 * saver.longest, min(0.5, 0.2 * seconds))
 
     try:
@@ -1359,7 +1360,7 @@ def main() -> None:
         snapshot.open()
     with or_exit(f"cannot load {snapshot.path!r}"):
         begin = time.monotonic()
-        # A damaged one stops the start. Starting empty instead, the next save would replace it.
+        # A damaged one stops the start. After an empty start, the next save would replace it.
         pairs = snapshot.load()
         store = Store(pairs)
         saver = Saver(store, snapshot, log, time.monotonic() - begin)

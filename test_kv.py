@@ -2476,26 +2476,26 @@ class LastSaveTest(KVTest):
             if replacement:
                 shutil.copytree(replacement, self.directory)
 
-        for what, change in {
+        changes: dict[str, Callable[[], object]] = {
             "no directory": lambda: shutil.rmtree(self.directory),
             "a new directory": move,
             "an older directory": lambda: move(older),
             "no file": lambda: self.snapshot.unlink(missing_ok=True),
             "an older file": lambda: shutil.copy(older / SNAPSHOT, self.snapshot),
-            "half a file": lambda: self.snapshot.write_text(""),
-        }.items():
-            for saved in (False, True):
-                with self.subTest(what, saved=saved), self.start() as server:
-                    server.request("PUT", "/kv/a", b"1")
-                    if saved:
-                        server.send_signal(signal.SIGUSR1)
-                        server.wait_for_log("saved")
-                    cast(Callable[[], None], change)()
-                    self.directory.mkdir(exist_ok=True)
-                    self.assertEqual(server.stop(), 0)
-                    self.assertEqual(self.read_snapshot(), {"a": "1"})
-                shutil.rmtree(self.directory)
-                shutil.rmtree(moved, ignore_errors=True)
+            "an empty file": lambda: self.snapshot.write_text(""),
+        }
+        for what, saved in itertools.product(changes, (False, True)):
+            with self.subTest(what, saved=saved), self.start() as server:
+                server.request("PUT", "/kv/a", b"1")
+                if saved:
+                    server.send_signal(signal.SIGUSR1)
+                    server.wait_for_log("saved")
+                changes[what]()
+                self.directory.mkdir(exist_ok=True)
+                self.assertEqual(server.stop(), 0)
+                self.assertEqual(self.read_snapshot(), {"a": "1"})
+            shutil.rmtree(self.directory)
+            shutil.rmtree(moved, ignore_errors=True)
 
     def test_a_directory_in_its_place_that_another_server_uses(self) -> None:
         server = self.start()
@@ -2548,6 +2548,11 @@ def inherit_40_of_256() -> None:
 class SaveTest(KVTest):
     """A save without a stop."""
 
+    def begin_a_save(self, server: ServerProcess) -> None:
+        """Send the signal, and wait until the server has taken it."""
+        server.send_signal(signal.SIGUSR1)
+        wait_until(lambda: not has_signal(server, "ShdPnd", signal.SIGUSR1), "it has begun")
+
     def test_a_signal_saves_what_has_changed(self) -> None:
         server = self.start()
         client = self.client(server)
@@ -2557,8 +2562,7 @@ class SaveTest(KVTest):
             server.wait_for_log(f"saved {value} pair")
         self.assertEqual(self.read_snapshot(), {"1": "1", "2": "2"})
         before = self.snapshot.stat().st_ino
-        server.send_signal(signal.SIGUSR1)
-        wait_until(lambda: not has_signal(server, "ShdPnd", signal.SIGUSR1), "it is taken")
+        self.begin_a_save(server)
         self.assertEqual(client.request("GET", "/kv/2").body, b"2")
         self.assertEqual(server.stop(), 0)
         self.assertEqual(server.log.count("saved"), 2)
@@ -2592,8 +2596,7 @@ class SaveTest(KVTest):
             "kv.Saver.save = lambda self: next(saves)(self)"
         )
         server.request("PUT", "/kv/a", b"1")
-        server.send_signal(signal.SIGUSR1)
-        wait_until(lambda: not has_signal(server, "ShdPnd", signal.SIGUSR1), "it is taken")
+        self.begin_a_save(server)
         self.assertEqual(server.get("a"), "1")
         self.assertEqual(server.stop(), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
@@ -2605,8 +2608,7 @@ class SaveTest(KVTest):
             "kv.Snapshot.save = lambda *them: (kv.time.sleep(2), save(*them))"
         )
         server.request("PUT", "/kv/a", b"1")
-        server.send_signal(signal.SIGUSR1)
-        wait_until(lambda: not has_signal(server, "ShdPnd", signal.SIGUSR1), "it has begun")
+        self.begin_a_save(server)
         self.assertEqual(server.stop(), 0)
         self.assertEqual(server.log.count("saved"), 1)
         self.assertRegex(server.log, r"drained in 2\.\d\d s")
@@ -2981,15 +2983,9 @@ class CommandLineTest(KVTest):
     def test_wrong_arguments_are_one_line(self) -> None:
         for argument in ("--port=x", "--port=65536", "--port=-1", "--port="):
             self.assert_refuses_to_start("--port", argument, code=2)
-        for argument in (
-            "--por=1",
-            "extra",
-            "two\nlines",
-            "--verbose=1",
-            "--host",
-            "--working-dir=",
-        ):
+        for argument in ("--por=1", "extra", "two\nlines", "--verbose=1", "--host"):
             self.assert_refuses_to_start(re.split("=|\n", argument)[0], argument, code=2)
+        self.assert_refuses_to_start("--working-dir: empty", "--working-dir=", code=2)
         # Not x.invalid, for which the system would ask a name server.
         for host in ("fe80::1%x", "x" * 100, "203.0.113.1"):
             self.assert_refuses_to_start(f"cannot listen on '{host}'", f"--host={host}")
