@@ -359,7 +359,7 @@ class Store:
 # The largest value, in bytes. Receiving it can take three times as much memory, storing it four
 # times, as one emoji makes a str use four bytes for every character.
 MAX_VALUE = 10 * 1024 * 1024
-# The request line, or a line in a chunked body, in bytes. RFC 9112 3 asks for room for 8,000.
+# The request line, or a chunk's, in bytes. RFC 9112 3 asks for room for 8,000.
 MAX_LINE = 8192
 # The field lines of a request, in bytes and in lines. Browsers with all their cookies stay under
 # 16 KiB and 50 lines. Each connection can hold so much memory.
@@ -367,11 +367,13 @@ MAX_HEADER, MAX_FIELDS = 32 * 1024, 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control characters but tabs: RFC 9110 5.5
+HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?"
+# A target as a proxy may send it begins with http://127.0.0.1:8080, say: RFC 9112 3.2.2.
+ORIGIN = rb"(?i:https?)://(?![:/?])(" + HOST + rb")(?=[/? ])"
 # GET /kv/a?query HTTP/1.1
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
-# http://127.0.0.1:8080/kv/a, a target as a proxy may send it: RFC 9112 3.2.2
-ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^:/?][^/?]*)(.*)")
-HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+REQUEST_LINE = re.compile(
+    rb"(" + TOKEN + rb") (?:(?=/)|" + ORIGIN + rb")([!->@-~]*)(?:\?[!-~]*)? HTTP/1\.([0-9])"
+)
 # Hosts that cannot be the name of a web page, see Handler._route: an IP address, a name that ends
 # in .localhost, or one without any dot, written as it is or escaped.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
@@ -392,44 +394,21 @@ class Refusal(Exception):
         self.status, self.reason, self.field = status, reason, field
 
 
-def parse_request_line(line: bytes) -> tuple[str, bytes, str, bool]:
+def parse_request_line(line: bytes) -> tuple[str, bytes | None, str, bool]:
     """Return the method, the target's host if it has one, its path, and whether it is HTTP/1.1."""
-    if len(line) > MAX_LINE:
-        raise Refusal(414, "line too long")
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
-    method, target, minor = match.groups()
-    host = b""
-    if not target.startswith(b"/"):
-        absolute = ABSOLUTE_FORM.fullmatch(target)
-        if not absolute or not HOST.fullmatch(absolute[1]):
-            raise Refusal(400, "malformed request target")
-        host, target = absolute.groups()
-    path = target.partition(b"?")[0]
+    method, host, path, minor = match.groups()
     # A later minor version is HTTP/1.1 with additions that we may ignore: RFC 9110 2.5.
     return method.decode(), host, path.decode(), minor != b"0"
-
-
-def check_unfinished_head(head: bytes) -> None:
-    """Raise Refusal if a head whose end is still to come cannot become a good one any more.
-
-    A client that speaks TLS, or another protocol, may wait for our answer before it sends more.
-    """
-    line, line_end, block = head.partition(b"\r\n")
-    if line_end or len(line) > MAX_LINE + 1:  # its CR may be there
-        parse_request_line(line)
-    if len(block) > MAX_HEADER + 3:  # CR LF CR may be there
-        raise Refusal(431, "header too large")
-    if not UNFINISHED.fullmatch(head):
-        raise Refusal(400, "malformed request")
 
 
 def parse_field_lines(block: bytes) -> list[tuple[bytes, bytes]]:
     """Return the names, in lower case, and the values."""
     lines = block.split(b"\r\n") if block else []
-    if len(block) > MAX_HEADER or len(lines) > MAX_FIELDS:
-        raise Refusal(431, "header too large")
+    if len(lines) > MAX_FIELDS:
+        raise Refusal(431, "too many field lines")
     fields = []
     for line in lines:
         match = FIELD.fullmatch(line)
@@ -452,7 +431,7 @@ class Fields(NamedTuple):
 # A client repeats its header fields byte for byte with each request, and parsing them costs more
 # than all the rest. What is remembered takes at most 64 times 32 KiB.
 @functools.lru_cache(maxsize=64)
-def parse_fields(block: bytes, http11: bool) -> Fields:
+def parse_fields(block: bytes, target_host: bytes | None, http11: bool) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
     values = collections.defaultdict(list)
     for name, value in parse_field_lines(block):
@@ -464,7 +443,7 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
 
     hosts = values[b"host"]  # RFC 9112 3.2
     host = b"".join(hosts)
-    if len(hosts) > 1 or (http11 and not hosts) or not HOST.fullmatch(host):
+    if len(hosts) > 1 or (http11 and not hosts) or not re.fullmatch(HOST, host):
         raise Refusal(400, "a request needs one valid Host field")
 
     lengths, codings = values[b"content-length"], values[b"transfer-encoding"]  # RFC 9112 6.3
@@ -485,7 +464,7 @@ def parse_fields(block: bytes, http11: bool) -> Fields:
     connection = members(b"connection")  # RFC 9112 9.3
     keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
     expects_continue = http11 and b"100-continue" in members(b"expect")  # RFC 9110 10.1.1
-    is_local_host = bool(LOCAL_HOST.fullmatch(host))
+    is_local_host = bool(LOCAL_HOST.fullmatch(target_host or host))  # RFC 9112 3.2.2
     return Fields(is_local_host, length, bool(codings), keep_alive, expects_continue)
 
 
@@ -632,14 +611,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _wait_for_request(self, seconds: float) -> bool:
         """Wait for the first bytes of a request; return whether there are any."""
-        while self.buffer in NO_REQUEST and not self.close_connection:
+        while self.buffer in NO_REQUEST:
             try:
                 received = self._receive(seconds)
             except BlockingIOError:
-                break
+                return False
+            if not received:
+                self.close_connection = True
+                return False
             self.buffer += received
-            self.close_connection = not received
-        return self.buffer not in NO_REQUEST
+        return True
 
     def handle_one_request(self) -> None:
         # Until the request's end is found, an error closes the connection, because nobody knows
@@ -667,10 +648,7 @@ class Handler(BaseHTTPRequestHandler):
         """Return the method that serves the request; set `key` if the path has one."""
         # DNS rebinding: a web page has its own name lead to 127.0.0.1, and the browser takes us for
         # the page's server. So a server on such an address refuses that name. RFC 9110 15.5.20.
-        is_local_host = self._fields.is_local_host
-        if self._target_host:  # Host does not count then: RFC 9112 3.2.2
-            is_local_host = bool(LOCAL_HOST.fullmatch(self._target_host))
-        if self.server.is_local and not is_local_host:
+        if self.server.is_local and not self._fields.is_local_host:
             raise Refusal(421, "misdirected request")
         has_key = self.path.startswith("/kv/")
         methods = ROUTES.get("/kv/" if has_key else self.path)
@@ -680,12 +658,15 @@ class Handler(BaseHTTPRequestHandler):
             allow = f"Allow: {', '.join(methods)}\r\n".encode()
             raise Refusal(405, "method not allowed", allow)
         if has_key:
-            self.key = unquote(self.path[len("/kv/") :])
+            self.key = self.path[len("/kv/") :]
+            if "%" in self.key:
+                self.key = unquote(self.key)
             if not self.key:
                 raise Refusal(400, "key cannot be empty")
             if not KEY.fullmatch(self.key):
                 raise Refusal(400, "key contains invalid characters")
-        return cast("Callable[[], None]", getattr(self, methods[self.command]))
+        serve: Callable[[], None] = getattr(self, methods[self.command])
+        return serve
 
     def do_GET(self) -> None:
         value = self.server.store.get(self.key)
@@ -735,11 +716,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.log(f"{address} {line:.1000} {status} {len(body)}")
         head = answer_head(status, int(time.time()))
         sent_body = b"" if self._line.startswith(b"HEAD ") else body
-        self._send(b"%b%bContent-Length: %d\r\n\r\n%b" % (head, field, len(body), sent_body))
+        self._send(b"".join((head, field, b"Content-Length: %d\r\n\r\n" % len(body), sent_body)))
 
     def _send(self, data: bytes) -> None:
         """Send all of it. Raises OSError if the client stalls, or reads too slowly on average."""
-        sent = self.connection.send(data)  # normally all: so much fits into the kernel's buffer
+        sent = self.connection.send(data)
+        if sent == len(data):  # normally: so much fits into the kernel's buffer
+            return
         deadline = time.monotonic() + STALL_SECONDS
         while sent < len(data):
             if time.monotonic() > deadline:
@@ -767,16 +750,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_head(self) -> None:
         """Take a request's head out of the input: sets command, path, and what the fields mean."""
-        self._deadline = time.monotonic() + STALL_SECONDS
+        self._patience = STALL_SECONDS
         self.buffer = self.buffer.removeprefix(b"\r\n")
-        while b"\r\n\r\n" not in self.buffer:
-            self._line = self.buffer.partition(b"\r\n")[0]  # for the answer, if this is refused
-            check_unfinished_head(self.buffer)
-            self._receive_more()
-        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-        self._line, _, block = head.partition(b"\r\n")
-        self.command, self._target_host, self.path, self._http11 = parse_request_line(self._line)
-        self._fields = parse_fields(block, self._http11)
+        try:
+            end = self._find(b"\r\n", 0, MAX_LINE, 414)
+        finally:
+            self._line = self.buffer.partition(b"\r\n")[0]  # for the answer, also if it is refused
+        self.command, target_host, self.path, self._http11 = parse_request_line(self._line)
+        self._fields = parse_fields(self._read_fields(end), target_host, self._http11)
 
     def _read_body(self) -> None:
         """Take the body out of the input, and so find the request's end: RFC 9112 6.3."""
@@ -785,7 +766,6 @@ class Handler(BaseHTTPRequestHandler):
         if fields.length or fields.chunked:
             if fields.expects_continue and not self.buffer:
                 self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._deadline = time.monotonic() + STALL_SECONDS
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
         # Who has said close sends nothing more, except perhaps an empty line behind a body.
@@ -795,55 +775,60 @@ class Handler(BaseHTTPRequestHandler):
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
         body = bytearray()
         while True:
-            match = CHUNK.fullmatch(self._read_line())
+            end = self._find(b"\r\n", 0, MAX_LINE, 431)
+            match = CHUNK.fullmatch(self.buffer, 0, end)
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
             if len(body) + size > MAX_VALUE:
                 raise Refusal(413, "value too large")
             if size == 0:
-                break
+                parse_field_lines(self._read_fields(end))
+                return body
+            self.buffer = self.buffer[end + len(b"\r\n") :]
             body += self._read(size)
             if self._read(2) != b"\r\n":
                 raise Refusal(400, "malformed chunk")
-        trailer: list[bytes] = []
-        while line := self._read_line():
-            trailer.append(line)
-            parse_field_lines(b"\r\n".join(trailer))  # each time, as they may never end
-        return body
 
-    def _read_line(self) -> bytes:
-        """Take a line out of the input; return it without its end."""
-        while (end := self.buffer.find(b"\r\n", 0, MAX_LINE + len(b"\r\n"))) < 0:
-            if len(self.buffer) >= MAX_LINE + len(b"\r\n"):
-                raise Refusal(431, "line too long")
-            if not UNFINISHED.fullmatch(self.buffer):
-                raise Refusal(400, "malformed line")
-            self._receive_more()
-        line, self.buffer = self.buffer[:end], self.buffer[end + len(b"\r\n") :]
-        return line
+    def _read_fields(self, line_end: int) -> bytes:
+        """Take a line and the field lines behind it out of the input; return the field lines."""
+        # Searched from the end of the first line, as no field line may follow.
+        end = self._find(b"\r\n\r\n", line_end, MAX_HEADER, 431)
+        block = self.buffer[line_end + len(b"\r\n") : end]
+        self.buffer = self.buffer[end + len(b"\r\n\r\n") :]
+        return block
+
+    def _find(self, what: bytes, begin: int, limit: int, status: int) -> int:
+        """Receive until the input has `what`, behind `limit` bytes at most; return where."""
+        stop = begin + limit + len(what)
+        while (at := self.buffer.find(what, begin, stop)) < 0:
+            if len(self.buffer) >= stop:
+                raise Refusal(status, "request line or header too large")
+            # A client that speaks TLS, or another protocol, may wait for our answer before it sends
+            # more.
+            if not UNFINISHED.fullmatch(self.buffer, begin):
+                raise Refusal(400, "malformed request")
+            self.buffer += self._receive_more()
+        return at
 
     def _read(self, size: int) -> bytearray:
         """Take `size` bytes of a body out of the input."""
-        body = bytearray()
-        while True:
-            missing = size - len(body)
-            piece, self.buffer = self.buffer[:missing], self.buffer[missing:]
-            body += piece
-            self._deadline += len(piece) / BYTES_PER_SECOND
-            if len(body) == size:
-                return body
-            self._receive_more()
+        body, self.buffer = bytearray(self.buffer[:size]), self.buffer[size:]
+        while len(body) < size:
+            body += self._receive_more(size - len(body))
+        return body
 
-    def _receive_more(self) -> None:
-        """Append to the buffer more of an unfinished request, before the deadline."""
+    def _receive_more(self, size: int = RECEIVE_SIZE) -> bytes:
+        """Return up to `size` more bytes of an unfinished request, unless it takes too long."""
+        begin = time.monotonic()
         try:
-            received = self._receive(min(self._deadline - time.monotonic(), STALL_SECONDS))
+            received = self._receive(min(self._patience, STALL_SECONDS), min(size, RECEIVE_SIZE))
         except BlockingIOError:
             raise Refusal(408, "request took too long") from None
         if not received:
             raise ConnectionAbortedError("the request breaks off")
-        self.buffer += received
+        self._patience += len(received) / BYTES_PER_SECOND - (time.monotonic() - begin)
+        return received
 
     def _receive(self, seconds: float, size: int = RECEIVE_SIZE) -> bytes:
         """Return up to `size` bytes, none at the end of the input.
