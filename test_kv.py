@@ -4115,6 +4115,15 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     ours, plain = seconds_of(start_and_stop, lambda: subprocess.run(imports, check=True))
     yield "start, plain: importing http.server", ours, plain, "s"
 
+    progress("64 busy clients")
+    puts = [put(f"key{number}", "value") for number in range(1000)]
+    pairs_of_rates = []
+    for _ in range(3):
+        with ServerProcess(top / "first") as server:
+            first, _, last = (requests_per_second(server.port, 64, puts, 0.3) for _ in range(3))
+            pairs_of_rates.append((first / 1000, last / 1000))
+    yield "first PUTs of 64 clients, plain: later", *sorted(pairs_of_rates)[1], "1,000/s"
+
     progress("10,000 clients at once")
     allow_descriptors(10_100)
     with ServerProcess(top / "burst") as server:
