@@ -549,10 +549,11 @@ NO_REQUEST = (b"", b"\r", b"\r\n")
 # sends it within that time, which saves a hand-over between threads. If it were longer, more
 # workers would wait for nothing.
 PAUSE_SECONDS = 0.1
-# How many seconds a client may take to send a head, or the next piece of a body, or to read the
-# next piece of an answer. Who needs longer is gone, or wants to hold the worker.
+# How many seconds a worker waits in all for a client that sends a request or reads an answer. Who
+# needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
-# An upload that is slower on average is cut off, and so is an answer.
+# So many bytes extend this by a second, as what is large takes longer. But no piece may be waited
+# for longer than STALL_SECONDS.
 BYTES_PER_SECOND = 1024
 # How many seconds a client may go on sending when it has its last answer. In a drain, these are
 # DRAIN_SECONDS.
@@ -658,7 +659,7 @@ class Handler(BaseHTTPRequestHandler):
             allow = f"Allow: {', '.join(methods)}\r\n".encode()
             raise Refusal(405, "method not allowed", allow)
         if has_key:
-            self.key = self.path[len("/kv/") :]
+            self.key = self.path.removeprefix("/kv/")
             if "%" in self.key:
                 self.key = unquote(self.key)
             if not self.key:
@@ -750,7 +751,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_head(self) -> None:
         """Take a request's head out of the input: sets command, path, and what the fields mean."""
-        self._patience = STALL_SECONDS
+        self._patience = STALL_SECONDS  # for all of the request
         self.buffer = self.buffer.removeprefix(b"\r\n")
         try:
             end = self._find(b"\r\n", 0, MAX_LINE, 414)
@@ -785,27 +786,28 @@ class Handler(BaseHTTPRequestHandler):
             if size == 0:
                 parse_field_lines(self._read_fields(end))
                 return body
-            self.buffer = self.buffer[end + len(b"\r\n") :]
+            self.buffer = self.buffer[end + 2 :]
             body += self._read(size)
             if self._read(2) != b"\r\n":
                 raise Refusal(400, "malformed chunk")
 
     def _read_fields(self, line_end: int) -> bytes:
         """Take a line and the field lines behind it out of the input; return the field lines."""
-        # Searched from the end of the first line, as no field line may follow.
+        # If there is no field line, the end that is looked for begins with that of the first line.
         end = self._find(b"\r\n\r\n", line_end, MAX_HEADER, 431)
-        block = self.buffer[line_end + len(b"\r\n") : end]
-        self.buffer = self.buffer[end + len(b"\r\n\r\n") :]
+        block, self.buffer = self.buffer[line_end + 2 : end], self.buffer[end + 4 :]
         return block
 
     def _find(self, what: bytes, begin: int, limit: int, status: int) -> int:
-        """Receive until the input has `what`, behind `limit` bytes at most; return where."""
+        """Receive until `what` is in the input, from `begin` on; return where.
+
+        Refuses with `status` if it does not come within `limit` bytes.
+        """
         stop = begin + limit + len(what)
         while (at := self.buffer.find(what, begin, stop)) < 0:
             if len(self.buffer) >= stop:
                 raise Refusal(status, "request line or header too large")
-            # A client that speaks TLS, or another protocol, may wait for our answer before it sends
-            # more.
+            # A client of another protocol, such as TLS, may wait for an answer before it goes on.
             if not UNFINISHED.fullmatch(self.buffer, begin):
                 raise Refusal(400, "malformed request")
             self.buffer += self._receive_more()
