@@ -11,8 +11,8 @@ otherwise (`kv.py --help`). Keys are made of [A-Za-z0-9:_.-], values are UTF-8 t
     DELETE /clear      remove every key           200, 503
     GET    /health     "ok"                       200             (HEAD: without the body)
 
-Any other request is answered 404 or 405, a malformed or excessive one 400 to 501, and one for which
-there is no memory 507.
+Any other request is answered 404 or 405, a malformed, misdirected or excessive one 400 to 501, and
+one for which there is no memory 507.
 
 All pairs live in memory. A stop signal, such as SIGTERM or SIGINT, shuts the server down and writes
 them to a snapshot in the working directory. The next start reads them back. SIGUSR1 saves while the
@@ -43,7 +43,7 @@ import sys
 if sys.version_info < (3, 9):  # noqa: UP036
     sys.exit("kv.py: needs Python 3.9 or later")
 if __name__ == "__main__":
-    # SIGUSR1 would end the process until main cares for it.
+    # SIGUSR1 would end the process if it came before main waits for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     # Ctrl-C while the other modules are being imported ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -102,8 +102,8 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # left behind by a save that was killed
     with open(path, "x+b") as file:
-        # check_opcodes knows only this protocol, without the memo. That is an index of all strings,
-        # a third of the store's size, which `fast` leaves out.
+        # check_opcodes knows only this protocol, without the memo. The memo is an index of all
+        # strings, a third of the store's size, which `fast` leaves out.
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True
         pickler.dump(pairs)
@@ -226,7 +226,7 @@ class Snapshot:
     def is_ours(self) -> bool:
         """Whether the file is the one that was loaded or saved last, or there is still none.
 
-        Else somebody has removed it, or put another file or directory into its place.
+        Else somebody may have removed it, or put another file or directory into its place.
         """
         return self._identity() == self._ours
 
@@ -375,14 +375,14 @@ REQUEST_LINE = re.compile(
     rb"(" + TOKEN + rb") (?:(?=/)|" + ORIGIN + rb")([!->@-~]*)(?:\?[!-~]*)? HTTP/1\.([0-9])"
 )
 # Hosts that cannot be the name of a web page, see Handler._route: an IP address, a name that ends
-# in .localhost, or one without any dot, written as it is or escaped.
+# in .localhost, or one without a dot, be it plain or percent-encoded.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*)?")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# Lines whose end is still to come. RFC 9112 2.2 allows no CR or LF without the other. A CR at the
-# end may still get its LF.
+# Lines whose end is still to come. No CR is taken without LF, nor LF without CR, which RFC 9112 2.2
+# would allow. A CR at the end may still get its LF.
 UNFINISHED = re.compile(TEXT + rb"(?:\r\n" + TEXT + rb")*\r?")
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -429,7 +429,7 @@ class Fields(NamedTuple):
 
 
 # A client repeats its header fields byte for byte with each request, and parsing them costs more
-# than all the rest. What is remembered takes at most 64 times 32 KiB.
+# than all the rest. What is remembered takes at most 64 times 40 KiB.
 @functools.lru_cache(maxsize=64)
 def parse_fields(block: bytes, target_host: bytes | None, http11: bool) -> Fields:
     """Decide from a request's header fields how its body is framed and what happens after it."""
@@ -438,7 +438,7 @@ def parse_fields(block: bytes, target_host: bytes | None, http11: bool) -> Field
         values[name].append(value)
 
     def members(name: bytes) -> set[bytes]:
-        """RFC 9110 5.6.1: a list may stand in several fields."""
+        """RFC 9110 5.3: a list may stand in several fields."""
         return {each.strip(b" \t") for each in b",".join(values[name]).lower().split(b",")}
 
     hosts = values[b"host"]  # RFC 9112 3.2
@@ -452,20 +452,18 @@ def parse_fields(block: bytes, target_host: bytes | None, http11: bool) -> Field
     if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Refusal(501, "only the chunked transfer coding")
     digits = lengths[0] if lengths else b"0"
-    # With two different lengths, a proxy in front may have gone by the other one.
-    if len(set(lengths)) > 1:
-        raise Refusal(400, "two Content-Lengths")
-    if not digits.isdigit():  # int() takes "+1", "1_0" and " 1 ", too
+    # With two different lengths, a proxy in front may have gone by the other one. int() takes "+1",
+    # "1_0" and " 1 ", too.
+    if len(set(lengths)) > 1 or not digits.isdigit():
         raise Refusal(400, "invalid Content-Length")
-    length = int(digits.lstrip(b"0")[:16] or b"0")  # 16 are too large, int() refuses 5,000
-    if length > MAX_VALUE:
+    if len(digits) > 1000 or int(digits) > MAX_VALUE:  # int() raises an error for 5,000 digits
         raise Refusal(413, "value too large")
 
     connection = members(b"connection")  # RFC 9112 9.3
     keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
     expects_continue = http11 and b"100-continue" in members(b"expect")  # RFC 9110 10.1.1
     is_local_host = bool(LOCAL_HOST.fullmatch(target_host or host))  # RFC 9112 3.2.2
-    return Fields(is_local_host, length, bool(codings), keep_alive, expects_continue)
+    return Fields(is_local_host, int(digits), bool(codings), keep_alive, expects_continue)
 
 
 @functools.lru_cache(maxsize=16)  # made once a second for each status
@@ -549,13 +547,13 @@ NO_REQUEST = (b"", b"\r", b"\r\n")
 # sends it within that time, which saves a hand-over between threads. If it were longer, more
 # workers would wait for nothing.
 PAUSE_SECONDS = 0.1
-# How many seconds a worker waits in all for a client that sends a request or reads an answer. Who
-# needs longer is gone, or wants to hold the worker.
+# How many seconds a request may let a worker wait in all, and how many an answer until its client
+# reads more of it. Who needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
-# So many bytes extend this by a second, as what is large takes longer. But no piece may be waited
-# for longer than STALL_SECONDS.
+# So many bytes that come or go meanwhile allow for one second more, as what is large takes longer.
+# But for none of them, a worker waits longer than STALL_SECONDS.
 BYTES_PER_SECOND = 1024
-# How many seconds a client may go on sending when it has its last answer. In a drain, these are
+# How many seconds a client may go on sending when it has its last answer. In a shutdown, these are
 # DRAIN_SECONDS.
 LINGER_SECONDS = 5.0
 # How many bytes are received at once. Each worker that waits has so much memory allocated.
@@ -602,8 +600,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.handle_one_request()
                 if self.close_connection or self.server.is_anybody_waiting():
                     break
-        except OSError:
-            self.close_connection = True  # the client is gone: nobody is left to be told
         except MemoryError as error:
             self.close_connection = True
             self.connection.send(OUT_OF_MEMORY)
@@ -660,7 +656,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(405, "method not allowed", allow)
         if has_key:
             self.key = self.path.removeprefix("/kv/")
-            if "%" in self.key:
+            if "%" in self.key:  # rarely, and unquote() takes longer to find that out
                 self.key = unquote(self.key)
             if not self.key:
                 raise Refusal(400, "key cannot be empty")
@@ -721,9 +717,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes) -> None:
         """Send all of it. Raises OSError if the client stalls, or reads too slowly on average."""
-        sent = self.connection.send(data)
-        if sent == len(data):  # normally: so much fits into the kernel's buffer
-            return
+        sent = self.connection.send(data)  # normally all: so much fits into the kernel's buffer
         deadline = time.monotonic() + STALL_SECONDS
         while sent < len(data):
             if time.monotonic() > deadline:
@@ -769,7 +763,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.close_connection = not fields.keep_alive
-        # Who has said close sends nothing more, except perhaps an empty line behind a body.
+        # Who wants to end it sends nothing more, except perhaps an empty line behind a body.
         self._must_linger = fields.keep_alive or bool(self._body)
 
     def _read_chunks(self) -> bytearray:
@@ -806,9 +800,9 @@ class Handler(BaseHTTPRequestHandler):
         stop = begin + limit + len(what)
         while (at := self.buffer.find(what, begin, stop)) < 0:
             if len(self.buffer) >= stop:
-                raise Refusal(status, "request line or header too large")
+                raise Refusal(status, "line or header too large")
             # A client of another protocol, such as TLS, may wait for an answer before it goes on.
-            if not UNFINISHED.fullmatch(self.buffer, begin):
+            if not UNFINISHED.fullmatch(self.buffer):
                 raise Refusal(400, "malformed request")
             self.buffer += self._receive_more()
         return at
@@ -860,18 +854,18 @@ IDLE_SECONDS = 120.0
 # How many seconds it may stay parked while the server is full. If a first request is lost in a
 # burst, the client's kernel may retransmit it only after 6.4 s.
 SILENT_SECONDS = 10.0
-# How many seconds it may stay parked in a drain, which takes as long.
+# How many seconds it may stay parked in a shutdown, which takes as long.
 DRAIN_SECONDS = 0.25
-# Each client that stalls holds a worker, for up to 15 s. Fewer workers would all be held by fewer
-# clients. More would take more memory, 25 KB each.
+# Each client that stalls holds a worker, for STALL_SECONDS or more. Fewer workers would all be held
+# by fewer clients. More would take more memory, 25 KB each.
 MAX_WORKERS = 1200
 # Up to so many are started at once, more of them one after the other: a started thread may wait for
 # the interpreter lock for 5 ms. Few threads serve a burst sooner than many, if no client stalls.
 QUICK_WORKERS = 64
 # How many seconds a worker without work stays. To start one takes 100 us.
 SPARE_SECONDS = 5.0
-# Descriptors that clients cannot have: for the selector, the locked directory, the file that is
-# being saved, and what the interpreter opens.
+# Descriptors that clients cannot have: for the locked directory, the file that is being saved, and
+# what the interpreter opens.
 RESERVED_DESCRIPTORS = 8
 
 
@@ -909,7 +903,7 @@ class Server(ThreadingHTTPServer):
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.log, self.verbose = log, verbose
         self.stopping = False  # `stop` was called, after which the backlog is still served
-        self.draining = False  # the listener is closed, and each answer is a connection's last
+        self.draining = False  # the listener is closed, and answers say `Connection: close`
         self.full = False  # there are as many connections as descriptors for them
         self.in_hand = 0  # how many connections are in `_jobs` or with a worker
         # Since when each connection is parked (monotonic clock), the longest first.
@@ -919,8 +913,8 @@ class Server(ThreadingHTTPServer):
         # Each with what has been received of its next request. None is the end.
         self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
         self._workers = 0  # how many run
-        self._expected = 0  # how many will run, when those do that were started last
-        self._next_start = 0.0  # when these are not waited for any longer
+        self._expected = 0  # how many will run when all do that have been started
+        self._next_start = 0.0  # when these are given up, as without memory a thread may never run
         limit, used = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/dev/fd"))
         self._max_connections = max(1, limit - used - RESERVED_DESCRIPTORS)
 
@@ -971,10 +965,10 @@ class Server(ThreadingHTTPServer):
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most; have workers serve those who have come."""
         try:
-            self._have_one_free()  # if an earlier start has failed
+            self._have_one_free()  # if a start has failed, or workers have relied on one
             if self.full or self.stopping:
-                # The backlog of a full server would end each wait of the selector at once. A worker
-                # that closes the last connection of a drain would end none.
+                # The backlog of a full server would end each wait of the selector at once. When a
+                # worker closes the last connection of a drain, nothing would end it.
                 time.sleep(seconds / 10)
                 seconds = 0.0
             ready = [cast(socket.socket, key.fileobj) for key, _ in self._selector.select(seconds)]
@@ -1011,14 +1005,13 @@ class Server(ThreadingHTTPServer):
             except OSError:  # others have used up the descriptors, or this client has given up
                 self.full = True
                 break
-            # On BSD and macOS, a connection is non-blocking like its listener.
-            os.set_blocking(connection.fileno(), True)
+            connection.setblocking(True)  # on BSD and macOS, it is non-blocking like its listener
             self._give_to_worker(connection, b"")
 
     def _give_to_worker(self, connection: socket.socket, received: bytes) -> None:
         """With the lock: have a worker serve a connection."""
         self._jobs.put((connection, received))
-        self.in_hand += 1  # not if there was no memory for a job, and the connection is lost
+        self.in_hand += 1  # not before, as without memory for a job the connection is lost
 
     def _unpark(self, connection: socket.socket) -> bytes:
         """With the lock: take a connection out of the parked ones; return what it has sent."""
@@ -1052,6 +1045,7 @@ class Server(ThreadingHTTPServer):
         """Start workers if none is free, unless some are about to run."""
         with self._lock:
             now = time.monotonic()
+            # One for each connection, and a free one; many at once first, then one by one.
             wanted = min(self.in_hand + 1, max(QUICK_WORKERS, self._workers + 1), MAX_WORKERS)
             are_starting = self._workers < self._expected and now < self._next_start
             if self._workers >= wanted or are_starting:
@@ -1060,7 +1054,7 @@ class Server(ThreadingHTTPServer):
             self._expected, self._next_start = wanted, now + POLL_SECONDS
         with contextlib.suppress(RuntimeError, MemoryError):  # the system allows no more threads
             for _ in range(missing):
-                # Thread.start() waits until the thread runs, which without memory it never does.
+                # Not by Thread.start(), which would wait for ever for one that never runs.
                 _thread.start_new_thread(self._work, ())
 
     def is_anybody_waiting(self) -> bool:
@@ -1101,6 +1095,8 @@ class Server(ThreadingHTTPServer):
             if not handler.close_connection:
                 self._park(connection, handler.buffer)
                 return True
+        except OSError:
+            pass  # the client is gone: nobody is left to be told
         except Exception as error:  # a mistake in this program, or a lack of memory
             self.log.error(error)
         return False
@@ -1297,7 +1293,7 @@ def shut_down(
     def is_sent_again() -> bool:
         # A different signal changes nothing: systemd, for one, may send SIGHUP behind SIGTERM. The
         # kernel sends SIGXCPU again by itself.
-        return bool(signal.sigpending() & received - {signal.SIGXCPU})
+        return bool(signal.sigpending() & (received - {signal.SIGXCPU}))
 
     def last_moment() -> float:
         # The last save may take longer than those before, or have to be tried again, if the disk is
@@ -1306,6 +1302,7 @@ def shut_down(
         return begin + max(0.8 * seconds - 2 * saver.longest, min(0.5, 0.2 * seconds))
 
     try:
+        log(" and ".join(signal.Signals(number).name for number in received))
         log(f"draining: {count(server.in_hand, 'connection')} in flight, {len(server.parked)} idle")
         server.stop()
         while not server.join(min(time.monotonic() + step, last_moment())):
@@ -1366,7 +1363,6 @@ def main() -> None:
 
     signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
     begin, received = save_until_stopped(saver, stop_signals)
-    log(" and ".join(signal.Signals(number).name for number in received))
     failure = shut_down(server, saver, log, begin, arguments.graceful_timeout, received)
     log.close(LOG_SECONDS)
     # Not by way of sys.exit(): the interpreter would first tidy up, which takes long if there are

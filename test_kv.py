@@ -1353,13 +1353,14 @@ class HTTPTest(KVTest):
     def test_a_refused_head_has_no_body_either(self) -> None:
         server = self.start()
         for rest in (
-            END,
-            HOST + b"Content-Length: 99999999\r\n\r\n",
-            b"A: \x01\r\n\r\n",
-            b"A: \x01",
+            b"\x01",
+            b" HTTP/1.1\r\n\r\n",
+            b" HTTP/1.1\r\n" + HOST + b"Content-Length: 99999999\r\n\r\n",
+            b" HTTP/1.1\r\nA: \x01\r\n\r\n",
+            b" HTTP/1.1\r\nA: \x01",
         ):
             with server.connect() as client:
-                client.send(b"HEAD /health HTTP/1.1\r\n" + rest)
+                client.send(b"HEAD /health" + rest)
                 self.assertIn(client.receive("HEAD").status, (400, 413))
                 self.assertEqual(client.file.read(), b"")
 
@@ -1413,13 +1414,21 @@ class HTTPTest(KVTest):
         chunked.send(b"0\r\n\r\n")
         self.assertEqual([plain.receive().status, chunked.receive().status], [200, 200])
 
+    def test_each_request_of_a_connection_has_its_own_time(self) -> None:
+        client = self.client(self.start_with("kv.STALL_SECONDS = 1.0"))
+        for _ in range(3):
+            client.send(b"GET /health")
+            time.sleep(0.5)  # the time that is tested: 1.5 s for all of them
+            client.send(b" HTTP/1.1\r\n" + HOST + END)
+            self.assertEqual(client.receive().status, 200)
+
     def test_slow_requests_end_after_their_time(self) -> None:
-        """A head that never ends, byte by byte; a body that stalls; one that keeps dribbling."""
+        """A head that never ends, byte by byte; a body that stalls late; one that dribbles."""
         seconds = 4.0
         server = self.start_with(f"kv.STALL_SECONDS = {seconds}")
         head, stall, dribble = clients = [self.client(server) for _ in range(3)]
         begin = time.monotonic()
-        stall.send(put("slow", "value")[:-1])
+        stall.send(put("slow", "x" * 100_000)[:-1])
         dribble.send(request("PUT", "/kv/slow", None, "Content-Length: 1000"))
         head.send(b"GET /")
         with selectors.DefaultSelector() as selector:
@@ -1969,9 +1978,27 @@ class ScarcityTest(KVTest):
         self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
         self.stop_at_once(server)
 
-    def test_a_thread_that_ends_before_it_runs_is_no_traceback(self) -> None:
-        server = self.start_with("kv.Server._work = lambda *_: 1 / 0")
-        server.wait_for_log("kv.py: error: ZeroDivisionError")
+    @on_linux
+    def test_a_client_that_is_gone_when_memory_is_short_is_no_mistake(self) -> None:
+        server = self.start_with(
+            "import select; kv.Handler.do_health = lambda self:"
+            " (select.select([self.connection], [], []), bytearray(1 << 62))"
+        )
+        client = server.connect()
+        client.send(request("GET", "/health"))
+        wait_until_read(server, client)
+        client.reset()
+        self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
+        self.stop_at_once(server)
+        self.assertNotIn("error", server.log)
+
+    def test_threads_that_end_before_they_run_are_replaced(self) -> None:
+        server = self.start_with(
+            "work, dying = kv.Server._work, [1, 1, 1];"
+            " kv.Server._work = lambda self: dying.pop() / 0 if dying else work(self)"
+        )
+        self.assertEqual(server.request("GET", "/health").status, 200)
+        self.assertIn("kv.py: error: ZeroDivisionError", server.log)
         self.assertEqual(server.stop(), 0)
         self.assertNotIn("Traceback", server.log)
 
@@ -2625,6 +2652,7 @@ class ShutdownStepsTest(unittest.TestCase):
         estimate: float = 0,
         errors: Iterable[Exception] = (),
         drained: bool = False,
+        log: Any = NO_LOG,
     ) -> tuple[bool, list[float]]:
         """Return whether it saved, and when each try to save ended and, at last, the whole.
 
@@ -2669,7 +2697,7 @@ class ShutdownStepsTest(unittest.TestCase):
         saver = kv.Saver(store, cast(kv.Snapshot, Snapshot()), NO_LOG, estimate)
         with unittest.mock.patch.object(kv, "time", Clock):
             server = cast(kv.Server, Server())
-            failure = kv.shut_down(server, saver, NO_LOG, 0.0, graceful, set())
+            failure = kv.shut_down(server, saver, log, 0.0, graceful, set())
         return not failure, [*ended, round(now, 2)]
 
     def test_waits_for_what_is_in_flight_until_there_is_just_time_for_a_save(self) -> None:
@@ -2697,6 +2725,10 @@ class ShutdownStepsTest(unittest.TestCase):
     def test_a_save_for_which_memory_is_short_is_tried_again(self) -> None:
         outcome = self.shut_down(errors=[MemoryError(), OSError(), ValueError()])
         self.assertEqual(outcome, (True, [1, 2, 3, 4, 12]))
+
+    def test_without_memory_for_a_line_in_the_log_the_last_save_is_made_at_once(self) -> None:
+        log = unittest.mock.Mock(side_effect=MemoryError)
+        self.assertEqual(self.shut_down(log=log), (True, [0, 0]))
 
     def test_after_a_slow_failure_there_is_another_try_if_there_is_time(self) -> None:
         outcome = self.shut_down(seconds=5, errors=itertools.repeat(OSError()), drained=True)
