@@ -369,7 +369,7 @@ TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control characters but tabs: RFC 9110 5.5
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?"
 # A target as a proxy may send it begins with http://127.0.0.1:8080, say: RFC 9112 3.2.2.
-ORIGIN = rb"(?i:https?)://(?![:/?])(" + HOST + rb")(?=[/? ])"
+ORIGIN = rb"(?i:https?)://(?![:/? ])(" + HOST + rb")(?=[/? ])"
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(
     rb"(" + TOKEN + rb") (?:(?=/)|" + ORIGIN + rb")([!->@-~]*)(?:\?[!-~]*)? HTTP/1\.([0-9])"
@@ -550,8 +550,8 @@ PAUSE_SECONDS = 0.1
 # How many seconds a request may let a worker wait in all, and how many an answer until its client
 # reads more of it. Who needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
-# So many bytes that come or go meanwhile allow for one second more, as what is large takes longer.
-# But for none of them, a worker waits longer than STALL_SECONDS.
+# So many bytes of it that have come, or gone, allow for one second more, as what is large takes
+# longer. But for none of them, a worker waits longer than STALL_SECONDS.
 BYTES_PER_SECOND = 1024
 # How many seconds a client may go on sending when it has its last answer. In a shutdown, these are
 # DRAIN_SECONDS.
@@ -718,13 +718,14 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, data: bytes) -> None:
         """Send all of it. Raises OSError if the client stalls, or reads too slowly on average."""
         sent = self.connection.send(data)  # normally all: so much fits into the kernel's buffer
-        deadline = time.monotonic() + STALL_SECONDS
+        patience = STALL_SECONDS
         while sent < len(data):
-            if time.monotonic() > deadline:
+            if patience <= 0:
                 raise TimeoutError
+            begin = time.monotonic()
             more = self.connection.send(memoryview(data)[sent:])  # without a copy
+            patience += more / BYTES_PER_SECOND - (time.monotonic() - begin)
             sent += more
-            deadline += more / BYTES_PER_SECOND
 
     def _linger(self) -> None:
         """Let a client that may still be sending read its answer before the connection is closed.
@@ -745,7 +746,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_head(self) -> None:
         """Take a request's head out of the input: sets command, path, and what the fields mean."""
-        self._patience = STALL_SECONDS  # for all of the request
+        self._patience = STALL_SECONDS + len(self.buffer) / BYTES_PER_SECOND  # for the request
         self.buffer = self.buffer.removeprefix(b"\r\n")
         try:
             end = self._find(b"\r\n", 0, MAX_LINE, 414)

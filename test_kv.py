@@ -1064,6 +1064,7 @@ RULES = [
     Rule("3.2.2", "only a query", b"GET http://a?/health HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
     Rule("3.2.2", "needs Host, too", b"GET http://a/health HTTP/1.1\r\n\r\n", "400 closed"),
     Rule("3.2.2", "no host", b"GET http:///health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
+    Rule("3.2.2", "nothing else", b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.2", "only a port",
          b"GET http://:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
     Rule("3.2.2", "user name", b"GET http://u@a/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
@@ -1402,17 +1403,19 @@ class HTTPTest(KVTest):
             self.assertNotIn("kv.py: error", server.log)
 
     def test_an_upload_that_is_fast_enough_may_take_longer(self) -> None:
-        """Also if each of its chunks arrives at once."""
+        """Also if each of its chunks arrives at once, or much of it together with its head."""
         server = self.start_with("kv.STALL_SECONDS = 1.0")
-        plain, chunked = self.client(server), self.client(server)
+        plain, chunked, early = clients = [self.client(server) for _ in range(3)]
         plain.send(request("PUT", "/kv/a", None, "Content-Length: 10000"))
         chunked.send(CHUNKED)
+        early.send(put("b", "x" * 3010)[:-10])
         for _ in range(10):
             time.sleep(0.2)  # the rate that is tested: 5 KB/s
             plain.send(b"x" * 1000)
             chunked.send(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+            early.send(b"x")
         chunked.send(b"0\r\n\r\n")
-        self.assertEqual([plain.receive().status, chunked.receive().status], [200, 200])
+        self.assertEqual([client.receive().status for client in clients], [200] * 3)
 
     def test_each_request_of_a_connection_has_its_own_time(self) -> None:
         client = self.client(self.start_with("kv.STALL_SECONDS = 1.0"))
@@ -2026,7 +2029,7 @@ class ScarcityTest(KVTest):
 
     @on_linux
     def test_who_reads_too_slowly_is_given_up(self) -> None:
-        """100 bytes/s are progress, but too little."""
+        """At 100 bytes/s, its kernel makes no room for more within a second."""
         server = self.start_with("kv.STALL_SECONDS = 1.0")
         before = server.descriptors()
         server.request("PUT", "/kv/a", b"x" * 10_000_000)
@@ -2041,6 +2044,29 @@ class ScarcityTest(KVTest):
                 client.recv(10)
                 time.sleep(0.1)
                 self.assertLess(time.monotonic(), end)
+
+    @on_linux
+    def test_a_steady_reader_is_given_up_only_if_it_is_too_slow_on_average(self) -> None:
+        server = self.start_with("kv.STALL_SECONDS = 1.0; kv.BYTES_PER_SECOND = 1_000_000")
+        server.request("PUT", "/kv/a", b"x" * 10_000_000)
+        before = server.descriptors()
+        with socket.socket() as fast, socket.socket() as slow:
+            received = {fast: 0, slow: 0}
+            for client in received:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+                client.connect(("127.0.0.1", server.port))
+                client.send(request("GET", "/kv/a", None, "Connection: close"))
+            begin = time.monotonic()
+            while server.descriptors() > before or received[fast] < 10_000_000:
+                time.sleep(0.01)
+                seconds = time.monotonic() - begin
+                self.assertLess(seconds, 20)
+                for client, rate in ((fast, 2_000_000), (slow, 400_000)):
+                    if received[client] < rate * seconds:
+                        received[client] += len(client.recv(100_000))
+            while data := slow.recv(1_000_000):
+                received[slow] += len(data)
+            self.assertLess(received[slow], 10_000_000)
 
     def test_slow_readers_get_the_whole_value(self) -> None:
         server = self.start()
