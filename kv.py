@@ -381,8 +381,8 @@ LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|.*\.localhost)(?::[0-9]*
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# Lines whose end is still to come. No CR is taken without LF, nor LF without CR, which RFC 9112 2.2
-# would allow. A CR at the end may still get its LF.
+# Lines whose end is still to come. A lone CR is not taken for an end, nor is a lone LF, which
+# RFC 9112 2.2 would allow. A CR behind all the rest may still get its LF.
 UNFINISHED = re.compile(TEXT + rb"(?:\r\n" + TEXT + rb")*\r?")
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -551,7 +551,7 @@ PAUSE_SECONDS = 0.1
 # reads more of it. Who needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
 # So many bytes of it that have come, or gone, allow for one second more, as what is large takes
-# longer. But for none of them, a worker waits longer than STALL_SECONDS.
+# longer. But a worker never waits longer than STALL_SECONDS for the next of them.
 BYTES_PER_SECOND = 1024
 # How many seconds a client may go on sending when it has its last answer. In a shutdown, these are
 # DRAIN_SECONDS.
