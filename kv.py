@@ -627,11 +627,10 @@ class Handler(BaseHTTPRequestHandler):
             self._read_head()
             # The body is read even if the request is refused, as the next one starts behind it.
             # But a client that expects 100 is refused before it sends its body.
-            if not self._fields.expects_continue:
-                self._read_body()
-            serve = self._route()
             if self._fields.expects_continue:
-                self._read_body()
+                self._route()
+            self._read_body()
+            serve = self._route()
             serve()
         except Refusal as refusal:
             self._answer(refusal.status, f"{refusal.reason}\n".encode(), refusal.field)
@@ -749,11 +748,12 @@ class Handler(BaseHTTPRequestHandler):
         self._patience = STALL_SECONDS + len(self.buffer) / BYTES_PER_SECOND  # for the request
         self.buffer = self.buffer.removeprefix(b"\r\n")
         try:
-            end = self._find(b"\r\n", 0, MAX_LINE, 414)
-        finally:
-            self._line = self.buffer.partition(b"\r\n")[0]  # for the answer, also if it is refused
+            self._line = self._read_until(b"\r\n", MAX_LINE, 414)
+        except Refusal:
+            self._line = self.buffer  # for the answer
+            raise
         self.command, target_host, self.path, self._http11 = parse_request_line(self._line)
-        self._fields = parse_fields(self._read_fields(end), target_host, self._http11)
+        self._fields = parse_fields(self._read_fields(), target_host, self._http11)
 
     def _read_body(self) -> None:
         """Take the body out of the input, and so find the request's end: RFC 9112 6.3."""
@@ -771,42 +771,41 @@ class Handler(BaseHTTPRequestHandler):
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
         body = bytearray()
         while True:
-            end = self._find(b"\r\n", 0, MAX_LINE, 431)
-            match = CHUNK.fullmatch(self.buffer, 0, end)
+            match = CHUNK.fullmatch(self._read_until(b"\r\n", MAX_LINE, 431))
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
             if len(body) + size > MAX_VALUE:
                 raise Refusal(413, "value too large")
             if size == 0:
-                parse_field_lines(self._read_fields(end))
+                parse_field_lines(self._read_fields())
                 return body
-            self.buffer = self.buffer[end + 2 :]
             body += self._read(size)
             if self._read(2) != b"\r\n":
                 raise Refusal(400, "malformed chunk")
 
-    def _read_fields(self, line_end: int) -> bytes:
-        """Take a line and the field lines behind it out of the input; return the field lines."""
-        # If there is no field line, the end that is looked for begins with that of the first line.
-        end = self._find(b"\r\n\r\n", line_end, MAX_HEADER, 431)
-        block, self.buffer = self.buffer[line_end + 2 : end], self.buffer[end + 4 :]
-        return block
+    def _read_fields(self) -> bytes:
+        """Take field lines, and the empty line behind them, out of the input."""
+        # The end of the line before them goes back. If there are none, it is half of the end here.
+        self.buffer = b"\r\n" + self.buffer
+        return self._read_until(b"\r\n\r\n", MAX_HEADER, 431)[2:]
 
-    def _find(self, what: bytes, begin: int, limit: int, status: int) -> int:
-        """Receive until `what` is in the input, from `begin` on; return where.
+    def _read_until(self, end: bytes, limit: int, status: int) -> bytes:
+        """Take what stands before `end` out of the input, and `end`, too.
 
-        Refuses with `status` if it does not come within `limit` bytes.
+        Refuses with `status` if that is more than `limit` bytes.
         """
-        stop = begin + limit + len(what)
-        while (at := self.buffer.find(what, begin, stop)) < 0:
-            if len(self.buffer) >= stop:
+        while True:
+            taken, found, rest = self.buffer.partition(end)
+            if len(taken) > limit + (0 if found else 3):  # a part of `end` may be there
                 raise Refusal(status, "line or header too large")
+            if found:
+                self.buffer = rest
+                return taken
             # A client of another protocol, such as TLS, may wait for an answer before it goes on.
-            if not UNFINISHED.fullmatch(self.buffer):
+            if not UNFINISHED.fullmatch(taken):
                 raise Refusal(400, "malformed request")
             self.buffer += self._receive_more()
-        return at
 
     def _read(self, size: int) -> bytearray:
         """Take `size` bytes of a body out of the input."""
