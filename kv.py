@@ -859,9 +859,10 @@ DRAIN_SECONDS = 0.25
 # Each client that stalls holds a worker, for STALL_SECONDS or more. Fewer workers would all be held
 # by fewer clients. More would take more memory, 25 KB each.
 MAX_WORKERS = 1200
-# Up to so many are started at once, more of them one after the other: a started thread may wait for
-# the interpreter lock for 5 ms. Few threads serve a burst sooner than many, if no client stalls.
-QUICK_WORKERS = 64
+# So many connections get their workers at once when no more clients come. Otherwise workers are
+# started one after the other, each when the one before has got the interpreter lock, which can take
+# 5 ms. Few threads see a large burst through sooner than many.
+QUICK_WORKERS = 100
 # How many seconds a worker without work stays. To start one takes 100 us.
 SPARE_SECONDS = 5.0
 # Descriptors that clients cannot have: for the locked directory, the file that is being saved, and
@@ -882,8 +883,8 @@ class Server(ThreadingHTTPServer):
       other selectors after POLL_SECONDS.
 
     `_lock` guards what several threads change: `parked` with the selector, `in_hand`, `full`,
-    `_workers`, `_expected`, `_next_start`. A look at a flag or a number needs no lock where it may
-    be old.
+    `_are_coming`, `_workers`, `_expected`, `_next_start`. A look at a flag or a number needs no
+    lock where it may be old.
     """
 
     # Some releases of Python would share the port with another server that listens on it.
@@ -912,6 +913,7 @@ class Server(ThreadingHTTPServer):
         self._selector = selectors.DefaultSelector()
         # Each with what has been received of its next request. None is the end.
         self._jobs: queue.SimpleQueue[tuple[socket.socket, bytes] | None] = queue.SimpleQueue()
+        self._are_coming = False  # whether there were clients in the backlog at the last look
         self._workers = 0  # how many run
         self._expected = 0  # how many will run when all do that have been started
         self._next_start = 0.0  # when these are given up, as without memory a thread may never run
@@ -990,6 +992,7 @@ class Server(ThreadingHTTPServer):
 
         Only then do answers say close. Who reads it earlier would join the backlog again.
         """
+        self._are_coming = False
         for _ in range(1000):  # not without end, as workers wait for the lock
             self.full = self.in_hand + len(self.parked) >= self._max_connections
             if self.full:
@@ -1007,6 +1010,7 @@ class Server(ThreadingHTTPServer):
                 break
             connection.setblocking(True)  # on BSD and macOS, it is non-blocking like its listener
             self._give_to_worker(connection, b"")
+            self._are_coming = True
 
     def _give_to_worker(self, connection: socket.socket, received: bytes) -> None:
         """With the lock: have a worker serve a connection."""
@@ -1045,8 +1049,9 @@ class Server(ThreadingHTTPServer):
         """Start workers if none is free, unless some are about to run."""
         with self._lock:
             now = time.monotonic()
-            # One for each connection, and a free one; many at once first, then one by one.
-            wanted = min(self.in_hand + 1, max(QUICK_WORKERS, self._workers + 1), MAX_WORKERS)
+            wanted = min(self.in_hand + 1, MAX_WORKERS)
+            if wanted > QUICK_WORKERS or self._are_coming:
+                wanted = min(wanted, self._workers + 1)
             are_starting = self._workers < self._expected and now < self._next_start
             if self._workers >= wanted or are_starting:
                 return

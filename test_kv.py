@@ -1682,6 +1682,8 @@ class IdleTest(KVTest):
             client.send(put("stalled", "value")[:-1])
         answer = server.request("PUT", "/kv/a", b"1")
         self.assertEqual(answer.status, 200)
+        if sys.platform == "linux":
+            self.assertEqual(server.threads(), 3 + 4)  # main thread, log, acceptor; workers
         self.assertEqual(stalled[0].receive().status, 408)
         self.assertEqual(server.stop(), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
