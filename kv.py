@@ -587,7 +587,7 @@ class Handler(BaseHTTPRequestHandler):
         """Serve requests until none comes for a moment, or another connection needs the worker.
 
         Afterwards `close_connection` says whether the connection is at its end. If not, `buffer`
-        has what has been received of the next request.
+        has what has been received of the next request. Raises OSError if the client is gone.
         """
         seconds = 0.0 if self.server.is_anybody_waiting() else PAUSE_SECONDS
         try:
@@ -793,7 +793,7 @@ class Handler(BaseHTTPRequestHandler):
     def _read_until(self, end: bytes, limit: int, status: int) -> bytes:
         """Take what stands before `end` out of the input, and `end`, too.
 
-        Refuses with `status` if that is more than `limit` bytes.
+        Refuses with `status` if more than `limit` bytes stand there.
         """
         while True:
             taken, found, rest = self.buffer.partition(end)
