@@ -4,6 +4,9 @@
 python3 test_kv.py [-v] [NAME ...]   the suite, or what is named, such as ShutdownTest
 python3 test_kv.py soak [MINUTES]    shutdowns under load and hostile input for a long time
 python3 test_kv.py bench             how fast, and how much memory
+python3 test_kv.py --run PROGRAM [WORD ...]
+                                     whether any program solves the challenge: all tests for that,
+                                     or those that have the words in their names
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ import concurrent.futures
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
 import hashlib
 import heapq
 import http.client
 import http.server
+import io
 import itertools
 import json
 import multiprocessing
@@ -40,12 +43,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 import unittest
-import unittest.mock
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -54,9 +54,10 @@ import kv
 
 HERE = Path(__file__).resolve().parent
 DEADLINE = 30.0  # for everything that is waited for; far more than it takes
+GRACE = 15.0  # what the challenge gives a program to start and to end, and a request to be answered
 
 
-# ---- Helpers ----
+# ---- Helpers for any program that solves the challenge ----
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
@@ -85,10 +86,6 @@ def free_port() -> int:
             return port
 
 
-SNAPSHOT = "kv.pickle"
-NO_LOG = cast(kv.Log, lambda message: None)
-
-
 class Answer(NamedTuple):
     status: int
     fields: dict[str, str]
@@ -99,7 +96,7 @@ class Client:
     """One connection. Sends bytes as they are, and parses answers by itself."""
 
     def __init__(self, port: int, host: str = "127.0.0.1") -> None:
-        self.socket = socket.create_connection((host, port), DEADLINE)
+        self.socket = socket.create_connection((host, port), GRACE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.socket.makefile("rb")
 
@@ -118,16 +115,26 @@ class Client:
         status_line = self.file.readline()
         if not status_line:
             raise ConnectionError("closed")
-        match = re.fullmatch(rb"HTTP/1\.1 ([1-5][0-9][0-9]) [ -~]+\r\n", status_line)
+        match = re.fullmatch(rb"HTTP/1\.[01] ([1-5][0-9][0-9])[ -~]*\r\n", status_line)
         assert match, f"malformed status line {status_line!r}"
+        status = int(match[1])
         fields: dict[str, str] = {}
         while (line := self.file.readline()) != b"\r\n":
-            field = re.fullmatch(rb"([A-Za-z-]+): ([ -~]+)\r\n", line)
-            assert field and field[1].decode() not in fields, f"bad or repeated field {line!r}"
-            fields[field[1].decode()] = field[2].decode()
-        length = int(fields.get("Content-Length", 0))
-        body = b"" if method == "HEAD" else self.file.read(length)
-        return Answer(int(match[1]), fields, body)
+            field = re.fullmatch(rb"([^\s:]+):[ \t]*([ -~]*)\r\n", line)
+            assert field, f"malformed field {line!r}"
+            fields[field[1].decode().title()] = field[2].decode()
+        body = b""
+        if method != "HEAD" and status >= 200 and status not in (204, 304):
+            if fields.get("Transfer-Encoding") == "chunked":
+                while size := int(self.file.readline(), 16):
+                    body += self.file.read(size)
+                    self.file.readline()
+                self.file.readline()
+            elif "Content-Length" in fields:
+                body = self.file.read(int(fields["Content-Length"]))
+            else:
+                body = self.file.read()
+        return Answer(status, fields, body)
 
     def request(self, method: str, path: str, body: bytes | None = None, *more: str) -> Answer:
         self.send(request(method, path, body, *more))
@@ -146,8 +153,10 @@ class Client:
         return True
 
 
-def request(method: str, path: str, body: bytes | None = None, *more: str) -> bytes:
-    fields = ["Host: kv", *more]
+def request(
+    method: str, path: str, body: bytes | None = None, *more: str, host: str = "localhost"
+) -> bytes:
+    fields = [f"Host: {host}", *more]
     if body is not None:
         fields.append(f"Content-Length: {len(body)}")
     return "\r\n".join([f"{method} {path} HTTP/1.1", *fields, "", ""]).encode() + (body or b"")
@@ -157,28 +166,22 @@ def put(key: str, value: str) -> bytes:
     return request("PUT", f"/kv/{key}", value.encode())
 
 
-class ServerProcess:
-    """kv.py as a process of its own, on a free port unless it is given one."""
+class Program:
+    """A program as a process group of its own, started and stopped as the challenge does it.
+
+    It has a port, a working directory and signals, and nothing else is known of it.
+    """
 
     def __init__(
-        self,
-        directory: str | Path,
-        *arguments: str,
-        python: str = sys.executable,
-        command: list[str] | None = None,
-        ready: bool = True,
-        **popen: Any,
+        self, command: list[str], directory: Path, port: int, *arguments: str, **popen: Any
     ) -> None:
-        self.directory = Path(directory)
-        # Beside the working directory, not in it: the server has that one for itself.
-        self.log_path = self.directory.with_name(self.directory.name + ".log")
+        self.directory, self.port = directory, port
+        # Beside the working directory, not in it: the program has that one for itself.
+        self.log_path = directory.with_name(directory.name + ".log")
         self.log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        command = command or [python, str(HERE / "kv.py")]
-        if not any(argument.startswith("--port") for argument in arguments):
-            arguments += ("--port=0",)
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [*command, f"--working-dir={directory}", *arguments],
+                [*command, f"--port={port}", f"--working-dir={directory}", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -186,36 +189,29 @@ class ServerProcess:
                 **popen,
             )
         atexit.register(self.__exit__)  # unittest runs no cleanups on Ctrl-C
-        if ready:
-            match = wait_until(
-                lambda: (
-                    re.search(r"listening on http://(.+):(\d+)\n", self.log)
-                    or self.process.poll() is not None
-                ),
-                "the server is ready",
-            )
-            assert match is not True, f"exit code {self.process.returncode}: {self.log}"
-            self.port = int(match[2])
 
-    def __enter__(self) -> ServerProcess:
+    def wait_until_ready(self) -> None:
+        wait_until(lambda: self.has_ended() or listens(self.port), "it listens", GRACE)
+        assert not self.has_ended(), f"exit code {self.process.returncode}: {self.log[-1000:]}"
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave no process behind, whatever has happened."""
         atexit.unregister(self.__exit__)
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(DEADLINE)
 
     @property
     def log(self) -> str:
         with open(self.log_path, "rb") as file:
             file.seek(self.log_start)
-            return file.read().decode()
-
-    def wait_for_log(self, text: str) -> None:
-        wait_until(lambda: text in self.log, f"{text!r} in the log")
+            return file.read().decode(errors="replace")
 
     def connect(self) -> Client:
         return Client(self.port)
@@ -228,15 +224,856 @@ class ServerProcess:
         answer = self.request("GET", f"/kv/{key}")
         return answer.body.decode() if answer.status == 200 else None
 
+    def read(self, keys: Iterable[str]) -> dict[str, str]:
+        """Those of the keys that it has, with their values."""
+        found = {}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=GRACE)
+        with contextlib.closing(connection):
+            for key in keys:
+                connection.request("GET", f"/kv/{key}")
+                response = connection.getresponse()
+                body = response.read()
+                if response.status == 200:
+                    found[key] = body.decode()
+        return found
+
     def send_signal(self, number: int = signal.SIGTERM) -> None:
         os.killpg(self.process.pid, number)
 
-    def exit_code(self, seconds: float = DEADLINE) -> int:
-        return self.process.wait(seconds)
+    def exit_code(self, seconds: float = GRACE) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"expected an exit within {seconds:.0f} s, saw none") from None
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.send_signal(number)
         return self.exit_code()
+
+
+class ProgramTest(unittest.TestCase):
+    """A test with a working directory of its own, which is gone afterwards."""
+
+    command: ClassVar[list[str]] = [sys.executable, str(HERE / "kv.py")]
+    seconds = 60.0  # no test takes longer, whatever the program does
+
+    def setUp(self) -> None:
+        temporary = tempfile.TemporaryDirectory(prefix="kv-test-")
+        self.addCleanup(temporary.cleanup)
+        self.top = Path(temporary.name).resolve()
+        self.directory = self.top / "data"
+        self.port = free_port()
+        signal.signal(signal.SIGALRM, self.give_up)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
+
+    def give_up(self, *_: object) -> None:
+        raise AssertionError(f"expected to be through within {self.seconds:.0f} s")
+
+    def assertEqual(self, first: Any, second: Any, msg: Any = None) -> None:
+        """In words that can be understood without a look into the test."""
+        if first != second:
+            seen, expected = (
+                text if len(text) < 150 else f"{text[:150]}... ({len(value)} in all)"
+                for value, text in ((first, repr(first)), (second, repr(second)))
+            )
+            self.fail(f"expected {expected}, saw {seen}{f' ({msg})' if msg else ''}")
+
+    def launch(self, **popen: Any) -> Program:
+        """Start the program, again on the same port and directory."""
+        self.directory.mkdir(exist_ok=True)
+        program = Program(self.command, self.directory, self.port, **popen)
+        self.addCleanup(program.__exit__)
+        program.wait_until_ready()
+        return program
+
+    def restart(self, program: Program) -> Program:
+        self.assertEqual(program.stop(), 0)
+        return self.launch()
+
+    def client(self, program: Program) -> Client:
+        client = program.connect()
+        self.addCleanup(client.__exit__)
+        return client
+
+    def check(self, answer: Answer, status: int, body: bytes = b"") -> None:
+        self.assertEqual((answer.status, answer.body), (status, body))
+
+
+class Loop:
+    """One of the clients of `keep_alive`: sends a request when the one before is answered."""
+
+    def __init__(self, requests: Iterable[bytes], pause: float = 0.0) -> None:
+        self.requests, self.pause = iter(requests), pause
+        self.socket: socket.socket | None = None
+        self.sent = b""  # empty if no answer is due
+        self.received = b""
+
+
+class Outcome(NamedTuple):
+    """What the clients of `keep_alive` have seen."""
+
+    answers: collections.Counter[str]  # by status; what was no answer, by what it was instead
+    acknowledged: list[bytes]  # the requests that were answered with 200
+
+    def apply_to(self, pairs: dict[str, str]) -> dict[str, str]:
+        """Do what the acknowledged PUTs and DELETEs have done."""
+        for sent in self.acknowledged:
+            head, _, value = sent.decode().partition("\r\n\r\n")
+            method, path, *_ = head.split()
+            if method == "PUT":
+                pairs[path[len("/kv/") :]] = value
+            else:
+                pairs.pop(path[len("/kv/") :], None)
+        return pairs
+
+
+def is_whole(answer: bytes, at_the_end: bool = False) -> bool:
+    head, end, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    if length:
+        return bool(end) and len(body) == int(length[1])
+    if re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
+        return body.endswith(b"0\r\n\r\n")
+    return bool(end) and at_the_end
+
+
+def is_last(answer: bytes) -> bool:
+    """Whether no other answer comes on that connection."""
+    keeps = re.search(rb"(?i)\r\nconnection: *(close|keep-alive)", answer.partition(b"\r\n\r\n")[0])
+    return keeps[1].lower() == b"close" if keeps else answer.startswith(b"HTTP/1.0")
+
+
+def sees_the_end(client: socket.socket) -> bool:
+    """Whether a client can see that the server has closed its connection."""
+    timeout = client.gettimeout()
+    client.setblocking(False)
+    try:
+        return client.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        client.settimeout(timeout)
+
+
+def keep_alive(
+    port: int, loops: list[Loop], seconds: float = DEADLINE, pool: list[socket.socket] | None = None
+) -> Outcome:
+    """Run clients that keep their connections, until all have ended.
+
+    All connect at once. One connects anew only after `Connection: close`, or if it sees the end of
+    its connection before it sends. A request is never sent again. A client whose connection is
+    refused has ended. With a pool, they share their connections, like those of Node's fetch, and
+    who is refused tries again.
+    """
+    outcome = Outcome(collections.Counter(), [])
+    end = time.monotonic() + seconds
+    due: list[tuple[float, int]] = []  # when which client sends its next request: a heap
+    running = len(loops)
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+
+        def disconnect(loop: Loop) -> None:
+            assert loop.socket
+            selector.unregister(loop.socket)
+            loop.socket.close()
+            loop.socket, loop.received = None, b""
+
+        def send_next(loop: Loop) -> None:
+            nonlocal running
+            loop.sent = loop.sent or next(loop.requests, b"")
+            if not loop.sent:
+                running -= 1
+                return
+            if loop.socket and sees_the_end(loop.socket):
+                disconnect(loop)
+            while pool and not loop.socket:
+                pooled = pool.pop()
+                if sees_the_end(pooled):
+                    pooled.close()
+                else:
+                    loop.socket = pooled
+                    selector.register(pooled, selectors.EVENT_READ, loop)
+            if loop.socket:
+                loop.socket.send(loop.sent)
+                return
+            loop.socket = stack.enter_context(socket.socket())
+            loop.socket.setblocking(False)
+            loop.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            loop.socket.connect_ex(("127.0.0.1", port))
+            selector.register(loop.socket, selectors.EVENT_WRITE, loop)
+
+        def go_on(loop: Loop, events: int) -> None:
+            assert loop.socket
+            if events & selectors.EVENT_WRITE:  # it is connected
+                loop.socket.send(loop.sent)
+                selector.modify(loop.socket, selectors.EVENT_READ, loop)
+                return
+            data = loop.socket.recv(65536)
+            loop.received += data
+            if not data and loop.sent and not is_whole(loop.received, True):
+                raise ConnectionAbortedError("closed without an answer")
+            if data and not is_whole(loop.received):
+                return
+            if not loop.received:  # the end of an idle connection
+                disconnect(loop)
+                return
+            outcome.answers[loop.received[9:12].decode()] += 1
+            if loop.received[9:12] == b"200":
+                outcome.acknowledged.append(loop.sent)
+            if not data or is_last(loop.received):
+                disconnect(loop)
+            elif pool is not None:
+                selector.unregister(loop.socket)
+                pool.append(loop.socket)
+                loop.socket = None
+            loop.sent = loop.received = b""
+            if loop.pause:
+                heapq.heappush(due, (time.monotonic() + loop.pause, loops.index(loop)))
+            else:
+                send_next(loop)
+
+        for loop in loops:
+            send_next(loop)
+        while running and time.monotonic() < end:
+            for key, events in selector.select(0.001 if due else 0.1):
+                try:
+                    go_on(key.data, events)
+                except OSError as error:
+                    disconnect(key.data)
+                    if isinstance(error, ConnectionRefusedError) and pool is not None:
+                        heapq.heappush(due, (time.monotonic() + 0.02, loops.index(key.data)))
+                        continue
+                    running -= 1
+                    if not isinstance(error, ConnectionRefusedError):
+                        outcome.answers[str(error)] += 1
+            while due and due[0][0] <= time.monotonic():
+                send_next(loops[heapq.heappop(due)[1]])
+    outcome.answers["no answer in time"] += running
+    return outcome._replace(answers=+outcome.answers)
+
+
+def burst(port: int, requests: list[bytes], seconds: float = GRACE) -> collections.Counter[str]:
+    """Send each request on a connection of its own, all at once; count the answers by status."""
+    return keep_alive(port, [Loop([each]) for each in requests], seconds).answers
+
+
+def pooled_burst(port: int, requests: list[bytes]) -> collections.Counter[str]:
+    """The same with a pool of connections like that of Go's net/http, whose clients share it.
+
+    Each request dials, but takes another connection if one is free before. Then the dialled one
+    joins the pool, where all but two that are idle are closed. No request is sent again.
+    """
+    answers: collections.Counter[str] = collections.Counter()
+    end = time.monotonic() + GRACE
+    waiting, received, idle = collections.deque(requests), dict[socket.socket, bytes](), 0
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+
+        def use(client: socket.socket) -> None:
+            nonlocal idle
+            if waiting:
+                client.send(waiting.popleft())
+                received[client] = b""
+            elif idle < 2:
+                idle += 1
+            else:
+                drop(client)
+
+        def drop(client: socket.socket) -> None:
+            selector.unregister(client)
+            client.close()
+
+        for _ in requests:
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+            selector.register(client, selectors.EVENT_WRITE)
+        while (waiting or received) and selector.get_map() and time.monotonic() < end:
+            for key, events in selector.select(1.0):
+                client = cast(socket.socket, key.fileobj)
+                try:
+                    if events & selectors.EVENT_WRITE:
+                        selector.modify(client, selectors.EVENT_READ)
+                        use(client)
+                        continue
+                    data = client.recv(65536)
+                    if client not in received:  # idle, and now closed
+                        drop(client)
+                        continue
+                    received[client] += data
+                    if not is_whole(received[client], not data) and data:
+                        continue
+                    answer = received.pop(client)
+                    answers[answer[9:12].decode() if answer else "closed without an answer"] += 1
+                    if data and not is_last(answer):
+                        use(client)
+                    else:
+                        drop(client)
+                except OSError as error:
+                    received.pop(client, None)
+                    answers[str(error)] += 1
+                    drop(client)
+    answers["no answer in time"] += len(waiting) + len(received)
+    return +answers
+
+
+def endless_puts(client: int) -> Iterator[bytes]:
+    for count in itertools.count():
+        yield put(f"{client}-{count % 100}", str(count))
+
+
+def allow_descriptors(number: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(number, hard), hard))
+
+
+def limited(what: str, number: int) -> Callable[[], None]:
+    """For preexec_fn: start with one of the limits of `ulimit`."""
+    return lambda: resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (number, number))
+
+
+# ---- What the challenge asks for ----
+
+
+ALL_CHARACTERS = string.ascii_letters + string.digits + ":_.-"
+
+
+class AskedForTest(ProgramTest):
+    """Stages 1 and 2 of the challenge."""
+
+    def test_a_value_comes_back_byte_for_byte(self) -> None:
+        program = self.launch()
+        for value in ("x", "päivää 🌍", "\ta b\r\n\n ", "long " * 2000, "a=b&c", '{"a": 1}'):
+            self.check(program.request("PUT", "/kv/a", value.encode()), 200)
+            self.check(program.request("GET", "/kv/a"), 200, value.encode())
+
+    def test_keys_of_every_allowed_character(self) -> None:
+        program = self.launch()
+        keys = ["a", "A", "0", "a:b", "a_b", "a.b", "a-b", ALL_CHARACTERS]
+        for key in keys:
+            self.check(program.request("PUT", f"/kv/{key}", key.encode()), 200)
+        self.assertEqual(program.read(keys), dict(zip(keys, keys)))
+
+    def test_an_empty_value_or_key_is_refused(self) -> None:
+        program = self.launch()
+        self.check(program.request("PUT", "/kv/a", b""), 400, b"value cannot be empty\n")
+        for method in ("PUT", "GET", "DELETE"):
+            answer = program.request(method, "/kv/", b"x" if method == "PUT" else None)
+            self.check(answer, 400, b"key cannot be empty\n")
+
+    def test_a_missing_key_is_not_found(self) -> None:
+        self.check(self.launch().request("GET", "/kv/none"), 404, b"key not found\n")
+
+    def test_delete_removes_a_key_and_succeeds_without_one(self) -> None:
+        program = self.launch()
+        program.request("PUT", "/kv/gone", b"value")
+        for _ in range(2):
+            self.check(program.request("DELETE", "/kv/gone"), 200)
+            self.check(program.request("GET", "/kv/gone"), 404, b"key not found\n")
+
+    def test_clear_removes_every_key(self) -> None:
+        program = self.launch()
+        keys = [f"key{number}" for number in range(10)]
+        for key in keys:
+            program.request("PUT", f"/kv/{key}", b"value")
+        for _ in range(2):
+            self.check(program.request("DELETE", "/clear"), 200)
+            self.assertEqual(program.read(keys), {})
+
+    def test_other_methods_are_not_allowed(self) -> None:
+        program = self.launch()
+        wrong = {"/kv/a": ("POST", "PATCH"), "/clear": ("GET", "POST", "PUT", "PATCH")}
+        for path, methods in wrong.items():
+            for method in methods:
+                answer = program.request(method, path, None if method == "GET" else b"x")
+                self.check(answer, 405, b"method not allowed\n")
+
+    def test_100_puts_at_once_to_many_keys_and_to_one(self) -> None:
+        program = self.launch()
+        pairs = {f"key{number}": f"value{number}" for number in range(100)}
+        self.assertEqual(
+            pooled_burst(program.port, list(itertools.starmap(put, pairs.items()))), {"200": 100}
+        )
+        self.assertEqual(program.read(pairs), pairs)
+        to_one = [put("one", value) for value in pairs.values()]
+        self.assertEqual(pooled_burst(program.port, to_one), {"200": 100})
+        self.assertIn(program.get("one"), pairs.values())
+
+    def test_10_000_puts_at_once_of_a_pool_are_there_after_a_restart(self) -> None:
+        allow_descriptors(10_100)
+        program = self.launch()
+        pairs = {f"key{number}": f"value {number}" for number in range(10_000)}
+        requests = list(itertools.starmap(put, pairs.items()))
+        self.assertEqual(pooled_burst(program.port, requests), {"200": 10_000})
+        self.assertEqual(self.restart(program).read(pairs), pairs)
+
+    def test_six_restarts_in_a_row(self) -> None:
+        program, expected = self.launch(), dict[str, str]()
+        for restart in range(6):
+            expected[f"key{restart}"] = "päivää 🌍\t" * (restart + 1)
+            expected["overwritten"] = str(restart)
+            for key, value in expected.items():
+                self.check(program.request("PUT", f"/kv/{key}", value.encode()), 200)
+            program = self.restart(program)
+            self.assertEqual(program.read(expected), expected)
+
+    def test_deleted_and_cleared_keys_are_gone_after_a_restart(self) -> None:
+        program = self.launch()
+        for key in ("kept", "deleted"):
+            program.request("PUT", f"/kv/{key}", b"value")
+        program = self.restart(program)
+        program.request("DELETE", "/kv/deleted")
+        program = self.restart(program)
+        self.assertEqual(program.read(["kept", "deleted"]), {"kept": "value"})
+        program.request("DELETE", "/clear")
+        self.assertEqual(self.restart(program).read(["kept", "deleted"]), {})
+
+
+# ---- What goes wrong next, each a chapter of "Where a first version fails" in the README ----
+
+
+class BeyondTest(ProgramTest):
+    def test_listen_queue_10_000_clients_that_stay(self) -> None:
+        """Those for whom there is no room try again after 1 s, 3 s, 7 s."""
+        allow_descriptors(10_100)
+        program = self.launch()
+        requests = [put(f"key{number}", "value") for number in range(10_000)]
+        self.assertEqual(burst(program.port, requests), {"200": 10_000})
+
+    def test_two_writes_for_an_answer(self) -> None:
+        """The second waits until the client acknowledges the first, after 40 ms."""
+        client = self.client(self.launch())
+        seconds = []
+        for number in range(200):
+            begin = time.monotonic()
+            self.check(client.request("PUT", f"/kv/{number}", b"value"), 200)
+            self.check(client.request("GET", f"/kv/{number}"), 200, b"value")
+            seconds.append(time.monotonic() - begin)
+        self.assertLess(sorted(seconds)[100], 0.03, "seconds for a PUT and a GET")
+
+    def test_pool_with_256_descriptors(self) -> None:
+        """Who closes idle connections for want of descriptors hits requests on their way."""
+        allow_descriptors(10_100)
+        program = self.launch(preexec_fn=limited("NOFILE", 256))
+        pairs = {f"key{number}": f"value {number}" for number in range(10_000)}
+        requests = list(itertools.starmap(put, pairs.items()))
+        self.assertEqual(pooled_burst(program.port, requests), {"200": 10_000})
+        self.assertEqual(self.restart(program).read(pairs), pairs)
+
+    def test_pool_of_150_clients_through_three_restarts(self) -> None:
+        self.keep_a_pool_through_three_restarts()
+
+    def test_pool_of_150_clients_and_64_descriptors_through_three_restarts(self) -> None:
+        self.keep_a_pool_through_three_restarts(preexec_fn=limited("NOFILE", 64))
+
+    def keep_a_pool_through_three_restarts(self, **popen: Any) -> None:
+        """No request is sent twice, and each gets its answer, unless its connection is refused."""
+        program, is_over = self.launch(**popen), threading.Event()
+
+        def until_it_is_over(requests: Iterator[bytes]) -> Iterator[bytes]:
+            return itertools.takewhile(lambda _: not is_over.is_set(), requests)
+
+        loops = [Loop(until_it_is_over(endless_puts(client))) for client in range(150)]
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            clients = thread.submit(keep_alive, program.port, loops, DEADLINE, [])
+            try:
+                for _ in range(3):
+                    time.sleep(0.7)  # the load in between
+                    self.assertEqual(program.stop(), 0)
+                    program = self.launch(**popen)
+                time.sleep(0.3)
+            finally:
+                is_over.set()
+            outcome = clients.result()
+        self.assertEqual(set(outcome.answers), {"200"}, outcome.answers)
+        stored = outcome.apply_to({})
+        self.assertEqual(self.restart(program).read(stored), stored)
+
+    def test_slow_to_accept(self) -> None:
+        """Each of 200 clients that are busy from the first answer on has that one soon."""
+        program, answered = self.launch(), list[float]()
+        begin = time.monotonic()
+
+        def requests(client: int) -> Iterator[bytes]:
+            yield put(str(client), "0")
+            answered.append(time.monotonic() - begin)
+            while time.monotonic() < begin + 3:
+                yield put(str(client), "1")
+
+        outcome = keep_alive(program.port, [Loop(requests(client)) for client in range(200)])
+        self.assertEqual(set(outcome.answers), {"200"})
+        self.assertLess(max(answered), 1.0, "seconds until the last client has an answer")
+
+    def test_idle_keep_alive_connections_at_sigterm(self) -> None:
+        allow_descriptors(1100)
+        program = self.launch()
+        clients = [self.client(program) for _ in range(1000)]
+        for client in clients[:500]:  # the others have never sent anything
+            self.check(client.request("PUT", "/kv/a", b"1"), 200)
+        begin = time.monotonic()
+        program = self.restart(program)
+        self.assertLess(time.monotonic() - begin, 5.0)
+        self.assertTrue(all(client.is_closed() for client in clients))
+        self.assertEqual(program.get("a"), "1")
+
+    def test_stalled_client_at_sigterm(self) -> None:
+        program = self.launch()
+        stalled = self.client(program)
+        stalled.send(put("stalled", "value")[:-1])
+        program.request("PUT", "/kv/a", b"1")
+        program = self.restart(program)
+        self.assertEqual(program.read(["a", "stalled"]), {"a": "1"})
+
+    def test_busy_clients_at_sigterm_drain_and_lose_nothing_acknowledged(self) -> None:
+        """A third of them without a pause, the others with one of up to 4 or 60 ms."""
+        chance = random.Random(1)
+        for number in (64, 200) * 4:
+            program = self.launch()
+            program.request("DELETE", "/clear")
+            loops = [
+                Loop(endless_puts(client), chance.random() * (0, 0.004, 0.06)[client % 3])
+                for client in range(number)
+            ]
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                running = thread.submit(keep_alive, program.port, loops)
+                time.sleep(chance.uniform(0.1, 0.3))  # the moment is left to chance
+                code = program.stop()
+                outcome = running.result()
+            self.assertEqual((code, set(outcome.answers)), (0, {"200"}), outcome.answers)
+            program = self.launch()
+            stored = outcome.apply_to({})
+            self.assertEqual(program.read(stored), stored)
+            self.assertEqual(program.stop(), 0)
+
+    def test_slow_upload_that_ends_after_sigterm(self) -> None:
+        """A write that was acknowledged while the program stops is saved."""
+        program = self.launch()
+        client = self.client(program)
+        client.send(put("slow", "value")[:-1])
+        program.request("PUT", "/kv/a", b"1")
+        program.send_signal()
+        wait_until(lambda: not listens(self.port), "new connections are refused", GRACE)
+        client.send(b"e")
+        self.assertEqual(client.receive().status, 200)
+        self.assertEqual(program.exit_code(), 0)
+        self.assertEqual(self.launch().read(["a", "slow"]), {"a": "1", "slow": "value"})
+
+    def test_backlog_at_sigterm(self) -> None:
+        """While it is paused, the program accepts nothing: 200 clients are in the listen queue."""
+        program = self.launch()
+        program.send_signal(signal.SIGSTOP)
+        clients = [self.client(program) for _ in range(200)]
+        for number, client in enumerate(clients):
+            client.send(put(str(number), "value"))
+        program.send_signal()
+        program.send_signal(signal.SIGCONT)
+        self.assertEqual([client.receive().status for client in clients], [200] * 200)
+        self.assertEqual(program.exit_code(), 0)
+        self.assertEqual(len(self.launch().read(map(str, range(200)))), 200)
+
+    def test_sigkill_in_the_middle_of_a_save(self) -> None:
+        """There is the whole old state or the whole new one, at whatever moment it comes."""
+        program = self.launch()
+        state = {f"key{number}": f"{number} " * 250_000 for number in range(20)}
+        for key, value in state.items():
+            self.check(program.request("PUT", f"/kv/{key}", value.encode()), 200)
+        state["n"] = "0"
+        program.request("PUT", "/kv/n", b"0")
+        delay = 0.25
+        program = self.restart(program)
+        for number in range(1, 15):
+            program.request("PUT", "/kv/n", str(number).encode())
+            program.send_signal()
+            time.sleep(delay)
+            with contextlib.suppress(ProcessLookupError):
+                program.send_signal(signal.SIGKILL)
+            program.exit_code()
+            program = self.launch()
+            found = program.read(state)
+            is_new = found.get("n") == str(number)
+            self.assertTrue(found in (state, {**state, "n": str(number)}), sorted(found))
+            state["n"] = found["n"]
+            delay *= 1 / 1.4 if is_new else 1.3  # so it comes just before or just after
+
+    def test_disk_full_at_the_stop_is_no_success_and_keeps_the_old_state(self) -> None:
+        program = self.launch()
+        program.request("PUT", "/kv/old", b"1")
+        self.assertEqual(program.stop(), 0)
+        program = self.launch(preexec_fn=limited("FSIZE", 50_000))  # bytes in a file
+        self.check(program.request("PUT", "/kv/large", b"x" * 100_000), 200)
+        program.send_signal()
+        time.sleep(1.5)
+        with contextlib.suppress(ProcessLookupError):  # so that nobody tries for 15 s
+            program.send_signal()
+        self.assertNotEqual(program.exit_code(), 0)
+        self.assertEqual(self.launch().get("old"), "1")
+
+    def test_second_signal_does_not_cost_the_save(self) -> None:
+        """Whether it comes at once or while a client is waited for."""
+        program = self.launch()
+        for pause in (0.0, 1.5):
+            self.client(program).send(put("stalled", "value")[:-1])
+            program.request("PUT", f"/kv/{pause}", b"1")
+            program.send_signal()
+            time.sleep(pause)
+            with contextlib.suppress(ProcessLookupError):
+                program.send_signal()
+            self.assertEqual(program.exit_code(), 0)
+            program = self.launch()
+            self.assertEqual(program.get(str(pause)), "1")
+
+    def test_request_with_two_ends(self) -> None:
+        """RFC 9112 6.3: what one takes for the body may be a request to another."""
+        program = self.launch()
+        hidden = put("hidden", "value")
+        lengths = f"Content-Length: {len(hidden)}"
+        for sent in (
+            request("PUT", "/kv/a", None, "Content-Length: 5", lengths) + hidden,
+            request("PUT", "/kv/a", None, "Transfer-Encoding: chunked", lengths)
+            + b"0\r\n\r\n"
+            + hidden,
+            request("PUT", "/kv/a", None, "Content-Length: +5") + b"value" + hidden,
+            request("PUT", "/kv/a", None, "Transfer-Encoding: xchunked") + b"0\r\n\r\n" + hidden,
+        ):
+            with self.subTest(sent=sent), program.connect() as client:
+                client.send(sent)
+                answer = client.receive()
+                self.assertIn(answer.status, (400, 501), "the status of an answer")
+                self.assertTrue(client.is_closed())
+        self.assertEqual(program.read(["a", "hidden"]), {})
+
+    def test_value_that_is_not_text(self) -> None:
+        program = self.launch()
+        for value in (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"ok \xe4 ok"):
+            self.assertEqual(program.request("PUT", "/kv/a", value).status, 400)
+        self.assertEqual(program.get("a"), None)
+        self.assertEqual(program.stop(), 0)
+
+    def test_name_that_is_not_this_machines(self) -> None:
+        """A web page can have its own name lead to 127.0.0.1: DNS rebinding."""
+        program = self.launch()
+        program.request("PUT", "/kv/a", b"1")
+        for method, body in (("GET", None), ("PUT", b"2"), ("DELETE", None)):
+            with program.connect() as client:
+                client.send(request(method, "/kv/a", body, host="attacker.example"))
+                self.assertGreaterEqual(client.receive().status, 400, "the status of an answer")
+        self.assertEqual(program.get("a"), "1")
+
+
+# ---- Check your own: what any solution of the challenge can be held against ----
+
+FIRST_VERSION = """\
+import http.server, pickle, signal, socketserver, sys, threading
+
+options = dict(argument[2:].split("=", 1) for argument in sys.argv[1:])
+path, lock = options["working-dir"] + "/data.pickle", threading.Lock()
+try:
+    store = pickle.load(open(path, "rb"))
+except Exception:
+    store = {}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, status, text=""):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def serve(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        key, known = self.path[len("/kv/"):], ("GET", "PUT", "DELETE")
+        with lock:
+            if self.path == "/clear" and self.command == "DELETE":
+                store.clear()
+                self.answer(200)
+            elif not self.path.startswith("/kv/") or self.command not in known:
+                self.answer(405, "method not allowed\\n")
+            elif not key:
+                self.answer(400, "key cannot be empty\\n")
+            elif self.command == "PUT" and not body:
+                self.answer(400, "value cannot be empty\\n")
+            elif self.command == "GET" and key not in store:
+                self.answer(404, "key not found\\n")
+            elif self.command == "GET":
+                self.answer(200, store[key])
+            else:
+                store.pop(key, None)
+                if self.command == "PUT":
+                    store[key] = body.decode()
+                self.answer(200)
+
+    do_GET = do_PUT = do_DELETE = do_POST = do_PATCH = serve
+
+
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = False
+
+
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    server.server_close()
+    pickle.dump(store, open(path, "wb"))
+    sys.exit(0)
+
+
+server = Server(("127.0.0.1", int(options["port"])), Handler)
+signal.signal(signal.SIGTERM, stop)
+server.serve_forever()
+"""
+
+
+class Verdict(unittest.TestResult):
+    """Why a check fails, in words that need no look into its code."""
+
+    reason = ""
+
+    def addFailure(self, test: Any, err: Any) -> None:
+        error = err[1]
+        name = "" if isinstance(error, AssertionError) else f"saw {type(error).__name__}: "
+        self.reason = self.reason or f"{name}{error}"[:500]
+
+    addError = addFailure
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        if err:
+            self.addFailure(test, err)
+
+
+def does_start(command: list[str]) -> bool:
+    """Whether a program can be held against anything; if not, say what it said."""
+    with tempfile.TemporaryDirectory(prefix="kv-test-") as top:
+        directory = Path(top) / "data"
+        directory.mkdir()
+        try:
+            with Program(command, directory, free_port()) as program:
+                program.wait_until_ready()
+        except (OSError, AssertionError) as error:
+            print(f"{command[0]} does not start: {error}")
+            return False
+    return True
+
+
+def check(program: str, class_name: str, name: str, seconds: float) -> None:
+    """Hold a program against one test; print why it fails, nothing if it does not."""
+    test, verdict = globals()[class_name](name), Verdict()
+    test.command, test.seconds = [program], seconds
+    test.run(verdict)
+    print(verdict.reason)
+
+
+def check_program(program: str, words: list[str]) -> dict[str, bool]:
+    """Hold a program against what the challenge asks for, and against what goes wrong next.
+
+    Prints a line for each test whose name has one of the words, and returns how it went. Each test
+    has a process of its own, three at a time, as most of it is waiting. All of them together take
+    three minutes at most: the last one begins in time for the waiting in it to end.
+    """
+    end = time.monotonic() + 140
+
+    def run(class_: type[unittest.TestCase], name: str) -> str:
+        seconds = min(40.0, end - time.monotonic())
+        if seconds < 1:
+            return "not tried, as three minutes are over"
+        command = [sys.executable, __file__, "--check", program, class_.__name__, name]
+        return subprocess.check_output([*command, str(seconds)], text=True).strip()
+
+    kinds = {"asked for": AskedForTest, "beyond": BeyondTest}
+    readme = (HERE / "README.md").read_text().split("\n\n")
+    outcomes: dict[str, bool] = {}
+    summary = []
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        runs = {
+            kind: {
+                name: pool.submit(run, class_, name)
+                for name in vars(class_)
+                if name.startswith("test_") and all(word in name for word in words)
+            }
+            for kind, class_ in kinds.items()
+        }
+        for kind, tests in runs.items():
+            for name, outcome in tests.items():
+                text = name[len("test_") :].replace("_", " ")
+                if sys.stdout.isatty():
+                    print(f"...    {text}", end="\r", flush=True)
+                reason = outcome.result()
+                outcomes[name] = not reason
+                print(f"{'FAILS' if reason else 'ok':6} {text}", flush=True)
+                if reason:
+                    chapter = [text for text in readme if f".{name}" in text] or ["**The API**"]
+                    print(f"       {reason}\n       see: {chapter[0].split('**')[1]}", flush=True)
+            held = [outcomes[name] for name in tests]
+            summary.append(f"{kind}: {sum(held)} of {len(held)}")
+    print(", ".join(summary))
+    return outcomes
+
+
+class FirstVersionTest(unittest.TestCase):
+    """A program as people write it first shows that each check can fail."""
+
+    FAILS: ClassVar = {
+        "test_10_000_puts_at_once_of_a_pool_are_there_after_a_restart",
+        *(name for name in vars(BeyondTest) if name.startswith("test_")),
+    }
+
+    def test_it_fails_what_it_must_and_nothing_else(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="kv-test-") as top:
+            program = Path(top) / "first_version"
+            program.write_text(f"#!{sys.executable}\n{FIRST_VERSION}")
+            program.chmod(0o755)
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                outcomes = check_program(str(program), [])
+        failed = {name for name, holds in outcomes.items() if not holds}
+        self.assertEqual(failed, self.FAILS, printed.getvalue())
+
+    def test_what_does_not_start_is_not_checked(self) -> None:
+        for command, reason in (
+            (["/dev/null"], "Permission denied"),
+            (["./nothing"], "No such file"),
+            (["sh", "-c", "echo out of order; exit 3"], "out of order"),
+        ):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                self.assertFalse(does_start(command))
+            self.assertIn(reason, printed.getvalue())
+
+
+# ---- Helpers for kv.py ----
+
+
+SNAPSHOT = "kv.pickle"
+
+
+class ServerProcess(Program):
+    """kv.py, on a free port unless it is given one."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        command: list[str] | None = None,
+        port: int = 0,
+        ready: bool = True,
+        **popen: Any,
+    ) -> None:
+        super().__init__(command or ProgramTest.command, directory, port, *arguments, **popen)
+        if ready:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        listening = re.compile(r"listening on http://.+:(\d+), process (\d+)\n")
+        wait_until(lambda: self.has_ended() or listening.search(self.log), "the server is ready")
+        match = listening.search(self.log)
+        assert match, f"exit code {self.process.returncode}: {self.log}"
+        self.port = int(match[1])
+
+    def wait_for_log(self, text: str) -> None:
+        wait_until(lambda: text in self.log, f"{text!r} in the log")
 
     # What Linux tells of a process, and allows it. The tests that need it are skipped elsewhere.
 
@@ -269,14 +1106,10 @@ class ServerProcess:
 on_linux = unittest.skipUnless(sys.platform == "linux", "asks Linux's /proc")
 
 
-class KVTest(unittest.TestCase):
-    """A test with a working directory of its own, which is gone afterwards."""
+class KVTest(ProgramTest):
+    """A test of kv.py itself, with its log, its flags and its files."""
 
-    def setUp(self) -> None:
-        temporary = tempfile.TemporaryDirectory(prefix="kv-test-")
-        self.addCleanup(temporary.cleanup)
-        self.top = Path(temporary.name).resolve()
-        self.directory = self.top / "data"
+    seconds = 4 * DEADLINE
 
     @property
     def snapshot(self) -> Path:
@@ -292,10 +1125,8 @@ class KVTest(unittest.TestCase):
         command = [sys.executable, "-c", f"import kv; {changes}; kv.main()"]
         return self.start(*arguments, command=command, cwd=HERE, **options)
 
-    def client(self, server: ServerProcess) -> Client:
-        client = server.connect()
-        self.addCleanup(client.__exit__)
-        return client
+    def failing_fsync(self) -> list[str]:
+        return [sys.executable, "-c", FSYNC % self.top]
 
     def begin_upload(self, server: ServerProcess, key: str) -> Client:
         """A client that has sent "valu" of "value", which the server has begun to read."""
@@ -314,8 +1145,8 @@ class KVTest(unittest.TestCase):
 
     def stop_at_once(self, server: ServerProcess) -> None:
         """Long before the patience with stalled clients ends."""
-        self.assertEqual(server.stop(), 0)
-        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
+        self.assertEqual(server.stop(), 0, server.log)
+        self.assertRegex(server.log, r"drained in [0-3]\.\d\d s, 0 given up")
 
     def assert_burns_no_core(self, server: ServerProcess) -> None:
         before = server.cpu_seconds()
@@ -334,191 +1165,29 @@ class KVTest(unittest.TestCase):
     def assert_refuses_to_start(
         self, reason: str, *arguments: str, code: int = 1, **options: Any
     ) -> None:
-        """One line on stderr, no traceback, soon."""
+        """One line on stderr, soon. Behind argparse's usage if the arguments are wrong."""
         server = self.start(*arguments, ready=False, **options)
         self.assertEqual(server.exit_code(), code, server.log)
-        self.assertEqual(server.log.count("\n"), 1, server.log)
-        self.assertIn(reason, server.log)
+        usage, _, line = server.log.rpartition("kv.py: ")
+        self.assertEqual(usage.partition(" ")[0], "usage:" if code == 2 else "", server.log)
+        self.assertEqual(line.count("\n"), 1, server.log)
+        self.assertIn(reason, line)
 
 
-class Loop:
-    """One of the clients of `keep_alive`: sends a request when the one before is answered."""
-
-    def __init__(self, requests: Iterable[bytes], pause: float = 0.0) -> None:
-        self.requests, self.pause = iter(requests), pause
-        self.socket: socket.socket | None = None
-        self.sent = b""  # empty if no answer is due
-        self.received = b""
-
-
-class Outcome(NamedTuple):
-    """What the clients of `keep_alive` have seen."""
-
-    answers: collections.Counter[str]  # by status; what was no answer, by what it was instead
-    acknowledged: list[bytes]  # the requests that were answered with 200
+def receive_queue(port: int, client_port: int = 0) -> int:
+    """How many bytes from that client, or connections, the server has not taken yet."""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        ports = [int(address.partition(":")[2], 16) for address in fields[1:3]]
+        if ports == [port, client_port]:
+            return int(fields[4].partition(":")[2], 16)
+    return 0
 
 
-def is_whole(answer: bytes) -> bool:
-    head, end, body = answer.partition(b"\r\n\r\n")
-    length = re.search(rb"\r\nContent-Length: (\d+)", head)
-    return bool(end and length) and len(body) == int(cast("re.Match[bytes]", length)[1])
-
-
-def sees_the_end(client: socket.socket) -> bool:
-    """Whether a client can see that the server has closed its connection."""
-    timeout = client.gettimeout()
-    client.setblocking(False)
-    try:
-        return client.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    finally:
-        client.settimeout(timeout)
-
-
-def keep_alive(port: int, loops: list[Loop], seconds: float = DEADLINE) -> Outcome:
-    """Run clients that keep their connections, until all have ended.
-
-    All connect at once. One connects anew only after `Connection: close`, or if it sees the end of
-    its connection before it sends. A request is never sent again. A client whose connection is
-    refused has ended.
-    """
-    outcome = Outcome(collections.Counter(), [])
-    end = time.monotonic() + seconds
-    due: list[tuple[float, int]] = []  # when which client sends its next request: a heap
-    running = len(loops)
-    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
-
-        def disconnect(loop: Loop) -> None:
-            assert loop.socket
-            selector.unregister(loop.socket)
-            loop.socket.close()
-            loop.socket, loop.received = None, b""
-
-        def send_next(loop: Loop) -> None:
-            nonlocal running
-            loop.sent = loop.sent or next(loop.requests, b"")
-            if not loop.sent:
-                running -= 1
-                return
-            if loop.socket and sees_the_end(loop.socket):
-                disconnect(loop)
-            if loop.socket:
-                loop.socket.send(loop.sent)
-                return
-            loop.socket = stack.enter_context(socket.socket())
-            loop.socket.setblocking(False)
-            loop.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            loop.socket.connect_ex(("127.0.0.1", port))
-            selector.register(loop.socket, selectors.EVENT_WRITE, loop)
-
-        def go_on(loop: Loop, events: int) -> None:
-            assert loop.socket
-            if events & selectors.EVENT_WRITE:  # it is connected
-                loop.socket.send(loop.sent)
-                selector.modify(loop.socket, selectors.EVENT_READ, loop)
-                return
-            data = loop.socket.recv(65536)
-            loop.received += data
-            if not data and loop.sent:
-                raise ConnectionAbortedError("closed without an answer")
-            if data and not is_whole(loop.received):
-                return
-            outcome.answers[loop.received[9:12].decode()] += bool(data)
-            if loop.received[9:12] == b"200":
-                outcome.acknowledged.append(loop.sent)
-            closing = not data or b"\r\nConnection: close\r\n" in loop.received
-            loop.received = b""
-            if closing:
-                disconnect(loop)
-            if data:
-                loop.sent = b""
-                if loop.pause:
-                    heapq.heappush(due, (time.monotonic() + loop.pause, loops.index(loop)))
-                else:
-                    send_next(loop)
-
-        for loop in loops:
-            send_next(loop)
-        while running and time.monotonic() < end:
-            for key, events in selector.select(0.001 if due else 0.1):
-                try:
-                    go_on(key.data, events)
-                except OSError as error:
-                    running -= 1
-                    disconnect(key.data)
-                    if not isinstance(error, ConnectionRefusedError):
-                        outcome.answers[str(error)] += 1
-            while due and due[0][0] <= time.monotonic():
-                send_next(loops[heapq.heappop(due)[1]])
-    outcome.answers["no answer in time"] += running
-    return outcome._replace(answers=+outcome.answers)
-
-
-def burst(port: int, requests: list[bytes], seconds: float) -> collections.Counter[str]:
-    """Send each request on a connection of its own, all at once; count the answers by status."""
-    return keep_alive(port, [Loop([each]) for each in requests], seconds).answers
-
-
-def pooled_burst(port: int, requests: list[bytes], seconds: float) -> collections.Counter[str]:
-    """The same with a pool of connections like that of Go's net/http, whose clients share it.
-
-    Each request dials, but takes another connection if one is free before. Then the dialled one
-    joins the pool, where all but two that are idle are closed. No request is sent again.
-    """
-    answers: collections.Counter[str] = collections.Counter()
-    end = time.monotonic() + seconds
-    waiting, received, idle = collections.deque(requests), dict[socket.socket, bytes](), 0
-    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
-
-        def use(client: socket.socket) -> None:
-            nonlocal idle
-            if waiting:
-                client.send(waiting.popleft())
-                received[client] = b""
-            elif idle < 2:
-                idle += 1
-            else:
-                drop(client)
-
-        def drop(client: socket.socket) -> None:
-            selector.unregister(client)
-            client.close()
-
-        for _ in requests:
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(("127.0.0.1", port))
-            selector.register(client, selectors.EVENT_WRITE)
-        while (waiting or received) and time.monotonic() < end:
-            for key, events in selector.select(1.0):
-                client = cast(socket.socket, key.fileobj)
-                try:
-                    if events & selectors.EVENT_WRITE:
-                        selector.modify(client, selectors.EVENT_READ)
-                        use(client)
-                        continue
-                    data = client.recv(65536)
-                    if client not in received:  # idle, and now closed
-                        drop(client)
-                        continue
-                    received[client] += data
-                    if data and not is_whole(received[client]):
-                        continue
-                    answer = received.pop(client)
-                    answers[answer[9:12].decode() if data else "closed without an answer"] += 1
-                    if data and b"\r\nConnection: close\r\n" not in answer:
-                        use(client)
-                    else:
-                        drop(client)
-                except OSError as error:
-                    received.pop(client, None)
-                    answers[str(error)] += 1
-                    drop(client)
-    answers["no answer in time"] += len(waiting) + len(received)
-    return +answers
+def wait_until_read(server: ServerProcess, client: Client) -> None:
+    """Until the server has taken everything that the client has sent."""
+    port = client.socket.getsockname()[1]
+    wait_until(lambda: receive_queue(server.port, port) == 0, "all is read")
 
 
 def load_server(server: ServerProcess, requests: int, connections: int) -> None:
@@ -539,31 +1208,8 @@ def load_server(server: ServerProcess, requests: int, connections: int) -> None:
         assert answer.status == 200
 
 
-def has_signal(server: ServerProcess, which: str, number: signal.Signals) -> bool:
-    """Whether a signal is in one of the sets in /proc/PID/status."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    match = re.search(rf"^{which}:\s*(\w+)$", status, re.MULTILINE)
-    return bool(match and int(match[1], 16) >> (number - 1) & 1)
-
-
-def has_met(server: ServerProcess, number: signal.Signals) -> bool:
-    """Whether a signal is caught, or has been before we looked, as kv.py has blocked it."""
-    return has_signal(server, "SigCgt", number) or has_signal(server, "SigBlk", number)
-
-
 def found(*commands: str) -> bool:
     return all(map(shutil.which, commands))
-
-
-def allow_descriptors(number: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < number:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(number, hard), hard))
-
-
-def limited(what: str, number: int) -> Callable[[], None]:
-    """For preexec_fn: start with one of the limits of `ulimit`."""
-    return lambda: resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (number, number))
 
 
 def be_bound_by_permissions() -> None:
@@ -574,22 +1220,17 @@ def be_bound_by_permissions() -> None:
             ctypes.CDLL(None).prctl(capability_bounding_set_drop, capability, 0, 0, 0)
 
 
-def not_under_nohup() -> None:
-    """For preexec_fn: do not ignore SIGHUP, even if the tests do."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def interpreters() -> list[str]:
-    """Every CPython from 3.9 on that can be found, one of each version, oldest first."""
+def interpreters(*minors: int) -> list[str]:
+    """Every CPython of these minor versions that can be found, one of each, oldest first."""
     found: dict[tuple[int, ...], str] = {}
-    names = [f"python3.{minor}" for minor in range(9, 30)]
-    candidates = [sys.executable, *filter(None, map(shutil.which, names))]
+    minors = minors or tuple(range(9, 30))
+    candidates = [sys.executable, *filter(None, (shutil.which(f"python3.{n}") for n in minors))]
     candidates += map(str, Path.home().glob(".pyenv/versions/*/bin/python3"))
     script = "import sys; print(*sys.version_info[:2])"
     for candidate in candidates:
         run = subprocess.run([candidate, "-c", script], capture_output=True, text=True)
         version = tuple(map(int, run.stdout.split())) if run.returncode == 0 else ()
-        if version >= (3, 9):
+        if version[1:] and version[1] in minors:
             found.setdefault(version, candidate)
     return [found[version] for version in sorted(found)]
 
@@ -611,216 +1252,115 @@ def bad_snapshots(whole: bytes, trap: Path) -> Iterator[tuple[str, bytes, str]]:
     """What is wrong, the file, and the reason that the refusal gives."""
     yield "empty", b"", "too short"
     yield "half", whole[: len(whole) // 2], "checksum"
-    yield "appended", whole + b"\0", "checksum"
     yield "no digest", pickle.dumps({"key": "value" * 10}, 4), "checksum"
     # The others have a digest that is right.
     good = b"\x80\x04}\x8c\x01a\x8c\x01bs."
-    evil = [pickle.dumps(CodeRunner(trap), protocol) for protocol in range(6)]
-    nested = b")" + b"\x85" * 1_000_000
-    laughs = b")" + b"2\x86" * 50
-    for what, pickled, reason in (
-        ("a list", pickle.dumps(["a"], 4), "not a dict"),
-        ("a string", b"\x80\x04\x8c\x01a.", "not a dict"),
-        ("a string behind a dict", b"\x80\x04}\x8c\x01a.", "not a dict"),
-        ("a number as a value", good.replace(b"\x8c\x01b", b"K\x01"), "opcode 0x4b at byte 6"),
-        ("a number as a key", good.replace(b"\x8c\x01a", b"K\x01"), "opcode 0x4b at byte 3"),
-        ("bytes as a value", good.replace(b"\x8c\x01b", b"C\x01b"), "opcode 0x43"),
-        ("None as a value", good.replace(b"\x8c\x01b", b"N"), "opcode 0x4e"),
-        ("a dict as a value", good.replace(b"\x8c\x01b", b"}"), "opcode 0x7d"),
-        ("two pickles", good + good, "opcode 0x2e"),
-        ("no end", good[:-1], "no end"),
-        ("half a pair", b"\x80\x04}(\x8c\x01au.", "not a dict of UTF-8"),
-        ("no mark", b"\x80\x04}\x8c\x01a\x8c\x01bu.", "not a dict of UTF-8"),
-        ("bad UTF-8", b"\x80\x04}\x8c\x01a\x8c\x01\xffs.", "not a dict of UTF-8"),
-        ("a lone surrogate", b"\x80\x04}\x8c\x01a\x8c\x03\xed\xa0\x80s.", "surrogates not allowed"),
-        ("one in a key", b"\x80\x04}\x8c\x03\xed\xbf\xbf\x8c\x01as.", "surrogates not allowed"),
-        ("text that is not there", b"\x80\x04}X\xff\xff\xff\x7f", "no end"),
-        ("bytes that are not there", b"\x80\x04}\x8e" + b"\xff" * 7 + b"\x7f.", "opcode 0x8e"),
-        ("a memo entry with a huge number", b"\x80\x04}r\xff\xff\xff\x7f.", "opcode 0x72"),
-        ("a tuple nested a million deep", b"\x80\x04}" + nested + b"\x8c\x01vs.", "opcode 0x29"),
-        ("a tuple that takes years", b"\x80\x04}" + laughs + b"\x8c\x01vs.", "opcode 0x29"),
-        ("code behind a good pickle", good + evil[4], "opcode 0x2e"),
-        *((f"code, protocol {number}", data, "not a dict") for number, data in enumerate(evil)),
+    for what, pickled in (
+        ("a list", pickle.dumps(["a"], 4)),
+        ("a string", b"\x80\x04\x8c\x01a."),
+        ("a number as a value", good.replace(b"\x8c\x01b", b"K\x01")),
+        ("a number as a key", good.replace(b"\x8c\x01a", b"K\x01")),
+        ("bytes as a value", good.replace(b"\x8c\x01b", b"C\x01b")),
+        ("two pickles", good + good),
+        ("no end", good[:-1]),
+        ("bad UTF-8", b"\x80\x04}\x8c\x01a\x8c\x01\xffs."),
+        ("a lone surrogate", b"\x80\x04}\x8c\x01a\x8c\x03\xed\xa0\x80s."),
+        ("one in a key", b"\x80\x04}\x8c\x03\xed\xbf\xbf\x8c\x01as."),
+        *((f"code, protocol {n}", pickle.dumps(CodeRunner(trap), n)) for n in range(6)),
     ):
-        yield what, pickled + hashlib.sha256(pickled).digest(), reason
+        yield what, pickled + hashlib.sha256(pickled).digest(), "not a dict of UTF-8 strings"
 
 
 class SnapshotTest(KVTest):
     PAIRS: ClassVar = {"a": "1", "key:2": "päivää 🌍\n", "long": "x" * 300}
 
-    def test_every_truncation_is_refused(self) -> None:
+    def test_every_truncation_and_every_flipped_bit_is_refused(self) -> None:
         self.write_snapshot(self.PAIRS)
         whole = self.snapshot.read_bytes()
-        for size in range(len(whole)):
-            self.snapshot.write_bytes(whole[:size])
-            self.assertRaises(kv.SnapshotError, self.read_snapshot)
-
-    def test_every_flipped_bit_is_refused(self) -> None:
-        self.write_snapshot(self.PAIRS)
-        whole = self.snapshot.read_bytes()
+        damaged = [whole[:size] for size in range(len(whole))] + [whole + b"\0"]
         for bit in range(len(whole) * 8):
-            altered = bytearray(whole)
-            altered[bit // 8] ^= 1 << bit % 8
-            self.snapshot.write_bytes(altered)
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            damaged.append(bytes(flipped))
+        for data in damaged:
+            self.snapshot.write_bytes(data)
             self.assertRaises(kv.SnapshotError, self.read_snapshot)
 
     def test_a_bad_snapshot_stops_the_start_and_stays_as_it_is(self) -> None:
         self.write_snapshot(self.PAIRS)
         trap = self.top / "trap"
+        what_to_do = f"cannot load '{self.snapshot}' (move it away to start empty, or restore a"
         for what, data, reason in bad_snapshots(self.snapshot.read_bytes(), trap):
             with self.subTest(what):
                 self.snapshot.write_bytes(data)
-                self.assert_refuses_to_start(f"'{self.snapshot}': ")
-                self.assertIn(reason, (self.top / "data.log").read_text().splitlines()[-1])
+                self.assert_refuses_to_start(what_to_do)
+                self.assertIn(reason, self.top.joinpath("data.log").read_text().splitlines()[-1])
                 self.assertEqual(self.snapshot.read_bytes(), data)
                 self.assertFalse(trap.exists(), "code from the file was run")
 
-    def test_no_opcode_calls_anything(self) -> None:
-        """The unpickler refuses by itself, too, should a pickle ever get past the check."""
-        trap = self.top / "trap"
-        for protocol in range(6):
-            self.snapshot.parent.mkdir(exist_ok=True)
-            path = self.top / "pickle"
-            path.write_bytes(pickle.dumps(CodeRunner(trap), protocol))
-            with open(path, "rb") as file, self.assertRaises(pickle.UnpicklingError):
-                kv.StringsOnly(file).load()
-        self.assertFalse(trap.exists())
-
-    def test_what_is_no_file_is_refused(self) -> None:
-        self.snapshot.mkdir(parents=True)
-        self.assert_refuses_to_start("not a regular file")
-        self.snapshot.rmdir()
-        os.mkfifo(self.snapshot)
-        self.assert_refuses_to_start("not a regular file")
-        self.snapshot.unlink()
-        self.snapshot.symlink_to("elsewhere")
-        self.assert_refuses_to_start("not a regular file")
+    def test_a_snapshot_that_is_truncated_while_it_is_loaded(self) -> None:
+        """One line and exit code 1, or it was read before."""
+        self.write_snapshot({f"key{number}": "x" * 1_000_000 for number in range(40)})
+        whole = self.snapshot.read_bytes()
+        codes = collections.Counter[int]()
+        delay = 0.15
+        for _ in range(10):
+            self.snapshot.write_bytes(whole)
+            server = self.start(ready=False)
+            time.sleep(delay)  # a moment in the load, sooner or later
+            os.truncate(self.snapshot, 1_000_000)
+            with contextlib.suppress(AssertionError):
+                server.wait_until_ready()
+            if server.process.poll() is None:
+                server.send_signal(signal.SIGKILL)
+            code = server.exit_code()
+            self.assertIn(code, (1, -signal.SIGKILL), server.log)
+            self.assertEqual(server.log.count("\n"), 1, server.log)
+            self.assertIn("cannot load" if code == 1 else "40 pairs", server.log)
+            codes[code] += 1
+            delay *= 1.15 if code == 1 else 1 / 1.15
+        self.assertGreater(codes[1], 0)
 
     @on_linux
     def test_a_snapshot_that_does_not_fit_into_memory_is_not_called_invalid(self) -> None:
-        with self.start() as server:
-            used = server.address_space_bytes()
-        self.write_snapshot({f"key{number}": "x" * 10_000_000 for number in range(30)})
-        # Once, but not twice, even if the running server's threads have some arenas of 64 MiB more.
-        self.assert_refuses_to_start("MemoryError", preexec_fn=limited("AS", used + 330_000_000))
+        self.write_snapshot({f"key{number}": "x" * 10_000_000 for number in range(15)})
+        self.assert_refuses_to_start("MemoryError", preexec_fn=limited("AS", 150_000_000))
 
-    def test_people_can_read_it_with_pickle(self) -> None:
+    def test_the_format_is_a_pickle_and_its_digest(self) -> None:
+        """People can read it with pickle, and what an earlier version has saved is loaded."""
         self.write_snapshot(self.PAIRS)
         with open(self.snapshot, "rb") as file:
             self.assertEqual(pickle.load(file), self.PAIRS)
+        pickled = pickle.dumps(self.PAIRS, protocol=4)
+        self.snapshot.write_bytes(pickled + hashlib.sha256(pickled).digest())
+        self.assertEqual(self.start().read(self.PAIRS), self.PAIRS)
 
     def test_only_the_owner_can_read_it(self) -> None:
         """Whatever the umask, and the owner can."""
-        for umask in (0, 0o022, 0o400, 0o777):
+        for umask in (0, 0o777):
             self.directory = self.top / f"{umask:o}"
-            left_by_a_killed_save = self.directory / "kv.pickle.tmp"
             for _ in range(2):
                 with self.start(preexec_fn=functools.partial(os.umask, umask)) as server:
                     server.request("PUT", "/kv/a", b"1")
-                    left_by_a_killed_save.write_text("")  # and readable by all
                     self.assertEqual(server.stop(), 0)
                 self.assertEqual(stat.S_IMODE(self.directory.stat().st_mode), 0o700)
                 self.assertEqual(stat.S_IMODE(self.snapshot.stat().st_mode), 0o600)
                 self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
+                (self.directory / "kv.pickle.tmp").write_text("left by a killed save")
 
     def test_every_python_reads_what_every_other_writes(self) -> None:
         pythons = interpreters()
         expected: dict[str, str] = {}
         for number, python in enumerate([*pythons, *reversed(pythons)]):
-            with self.start(python=python) as server:
-                for key, value in expected.items():
-                    self.assertEqual(server.get(key), value)
+            with self.start(command=[python, str(HERE / "kv.py")]) as server:
+                self.assertEqual(server.read(expected), expected)
                 expected[f"key{number}"] = "🌍" * number + "."
                 server.request("PUT", f"/kv/key{number}", expected[f"key{number}"].encode())
                 self.assertEqual(server.stop(), 0)
         self.assertEqual(self.read_snapshot(), expected)
 
-    def test_sizes_at_which_the_pickle_changes_its_form(self) -> None:
-        for count in (0, 1, 2, 999, 1000, 1001, 2001):
-            for size in (1, 255, 256, 65_535, 65_536, 70_000):
-                if count * size < 3_000_000:
-                    pairs = {f"key{number}": "v" * size for number in range(count)}
-                    self.write_snapshot(pairs)
-                    self.assertEqual(self.read_snapshot(), pairs)
 
-
-# ---- Store ----
-
-
-class StoreTest(unittest.TestCase):
-    def test_a_save_gets_what_has_changed_since_the_last_one(self) -> None:
-        store = kv.Store({"a": "1"})
-        saved: list[dict[str, str]] = []
-        self.assertFalse(store.save(saved.append))
-        store.put("b", "2")
-        self.assertTrue(store.save(saved.append))
-        self.assertFalse(store.save(saved.append))
-        store.delete("a")
-        store.save(saved.append)
-        store.clear()
-        store.save(saved.append)
-        store.save(saved.append, anyway=True)
-        self.assertEqual(saved, [{"a": "1", "b": "2"}, {"b": "2"}, {}, {}])
-
-    def test_what_a_save_failed_to_write_is_still_unsaved(self) -> None:
-        store = kv.Store({})
-        store.put("a", "1")
-
-        def fail(pairs: dict[str, str]) -> None:
-            raise OSError
-
-        self.assertRaises(OSError, store.save, fail)
-        saved: list[dict[str, str]] = []
-        self.assertTrue(store.save(saved.append))
-        self.assertEqual(saved, [{"a": "1"}])
-
-    def test_a_write_during_a_save_is_not_in_it_but_in_the_next(self) -> None:
-        store = kv.Store({})
-        store.put("a", "1")
-        saved: list[dict[str, str]] = []
-
-        def write(pairs: dict[str, str]) -> None:
-            store.put("b", "2")
-            saved.append(pairs)
-
-        store.save(write)
-        self.assertTrue(store.save(saved.append))
-        self.assertEqual(saved, [{"a": "1"}, {"a": "1", "b": "2"}])
-
-    def test_a_closed_store_refuses_writes_and_still_reads(self) -> None:
-        store = kv.Store({"a": "1"})
-        store.close()
-        self.assertRaises(kv.StoreClosed, store.put, "a", "2")
-        self.assertRaises(kv.StoreClosed, store.delete, "a")
-        self.assertRaises(kv.StoreClosed, store.clear)
-        self.assertEqual(store.get("a"), "1")
-
-    def test_everything_waits_for_the_lock(self) -> None:
-        store = kv.Store({})
-        arguments: dict[str, tuple[Any, ...]] = {
-            "get": ("a",),
-            "put": ("a", "1"),
-            "delete": ("a",),
-            "clear": (),
-            "close": (),
-            "save": (lambda pairs: None,),
-        }
-        self.assertEqual(set(arguments), {name for name in vars(kv.Store) if name[0] != "_"})
-        for name in arguments:
-            access = getattr(store, name)
-            thread = threading.Thread(target=access, args=arguments[name], daemon=True)
-            with store._lock:
-                thread.start()
-                thread.join(0.02)
-                self.assertTrue(thread.is_alive())
-            thread.join(DEADLINE)
-            self.assertFalse(thread.is_alive())
-
-
-# ---- Handler: the API ----
-
-
-ALL_CHARACTERS = string.ascii_letters + string.digits + ":_.-"
+# ---- API: what goes beyond the challenge ----
 
 
 class APITest(unittest.TestCase):
@@ -841,6 +1381,7 @@ class APITest(unittest.TestCase):
         self.assertEqual((answer.status, answer.body), (status, body))
         self.assertEqual(answer.fields["Content-Type"], "text/plain; charset=utf-8")
         self.assertEqual(answer.fields["Content-Length"], str(len(body)))
+        self.assertEqual(answer.fields["Cache-Control"], "no-store")
         # What a web page needs to read an answer, and what keeps a value from being a script.
         self.assertNotRegex("".join(answer.fields), "Access-Control")
         self.assertEqual(answer.fields["X-Content-Type-Options"], "nosniff")
@@ -848,36 +1389,19 @@ class APITest(unittest.TestCase):
             answer.fields["Date"], r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]+ GMT$"
         )
 
-    def test_a_value_comes_back_byte_for_byte(self) -> None:
-        for value in ("x", "päivää 🌍", "\ufeffa\tb\r\n\n ", "\0", "long " * 2000, "é" * 5_000_000):
-            self.check(self.client.request("PUT", "/kv/a", value.encode()), 200, b"")
-            self.check(self.client.request("GET", "/kv/a"), 200, value.encode())
-
-    def test_keys_of_every_allowed_character(self) -> None:
-        for key in ("a", "A", "0", ":", "_", ".", "-", "..", ALL_CHARACTERS, "k" * 8000):
+    def test_keys_that_are_escaped_or_long(self) -> None:
+        for key in ("..", "k" * 8000):
             self.check(self.client.request("PUT", f"/kv/{key}", key.encode()), 200, b"")
-        self.check(self.client.request("GET", "/kv/a"), 200, b"a")
-        self.check(self.client.request("GET", "/kv/A"), 200, b"A")
         self.client.request("PUT", "/kv/a:b_c.d-e", b"value")
         self.check(self.client.request("GET", "/kv/%61%3ab_c%2Ed-e"), 200, b"value")
 
     def test_bad_keys_are_refused_by_every_method(self) -> None:
+        text = b"key contains invalid characters; valid are A-Z a-z 0-9 : _ . -\n"
         for method in ("GET", "PUT", "DELETE"):
-            empty = self.client.request(method, "/kv/", b"value")
-            self.check(empty, 400, b"key cannot be empty\n")
             escaped = ["%" + code for code in ("20", "2F", "C3%A4", "FF", "00", "25", "0A")]
             for key in ("a/b", "a+b", "a~", *("a" + each for each in escaped)):
-                answer = self.client.request(method, f"/kv/{key}", b"value")
-                self.check(answer, 400, b"key contains invalid characters\n")
+                self.check(self.client.request(method, f"/kv/{key}", b"value"), 400, text)
                 self.assertEqual(self.client.request("HEAD", f"/kv/{key}").status, 400)
-
-    def test_bad_values_are_refused_and_not_stored(self) -> None:
-        self.check(self.client.request("PUT", "/kv/bad", b""), 400, b"value cannot be empty\n")
-        self.check(self.client.request("PUT", "/kv/bad"), 400, b"value cannot be empty\n")
-        for value in (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"ok \xe4 ok"):
-            answer = self.client.request("PUT", "/kv/bad", value)
-            self.check(answer, 400, b"value must be UTF-8 text\n")
-        self.check(self.client.request("GET", "/kv/bad"), 404, b"key not found\n")
 
     def test_a_value_of_10_mib_is_the_largest(self) -> None:
         value = b"x" * 10 * 1024 * 1024
@@ -885,22 +1409,46 @@ class APITest(unittest.TestCase):
         self.check(self.client.request("GET", "/kv/large"), 200, value)
         self.check(self.client.request("PUT", "/kv/large", value + b"x"), 413, b"value too large\n")
 
-    def test_deleting_a_missing_key_is_a_success(self) -> None:
-        self.client.request("PUT", "/kv/gone", b"value")
-        self.check(self.client.request("DELETE", "/kv/gone"), 200, b"")
-        self.check(self.client.request("GET", "/kv/gone"), 404, b"key not found\n")
-        self.check(self.client.request("DELETE", "/kv/gone"), 200, b"")
+    def test_a_field_that_changes_what_a_write_means_is_refused(self) -> None:
+        self.client.request("PUT", "/kv/kept", b"value")
+        conditional = b"conditional writes are not supported: there are no entity tags here\n"
+        encoded = b"Content-Encoding is not supported: send the value as it is\n"
+        charset = b"a value is UTF-8 text, not of another charset\n"
+        for field, status, text in (
+            (
+                "Content-Range: bytes 5-9/10",
+                400,
+                b"Content-Range is not supported: send the whole value\n",
+            ),
+            ("If-Match: *", 501, conditional),
+            ("If-None-Match: *", 501, conditional),
+            ("If-Unmodified-Since: Mon, 01 Jan 2024 00:00:00 GMT", 501, conditional),
+            ("Content-Encoding: gzip", 415, encoded),
+            ("content-encoding: identity, BR", 415, encoded),
+            ("Content-Type: text/plain; charset=ISO-8859-1", 415, charset),
+            ('Content-Type: text/plain;a=b ;Charset="utf-16"', 415, charset),
+        ):
+            with self.subTest(field):
+                for method, path in (("PUT", "/kv/kept"), ("DELETE", "/kv/kept")):
+                    self.check(self.client.request(method, path, b"other", field), status, text)
+                self.check(self.client.request("DELETE", "/clear", None, field), status, text)
+                self.check(self.client.request("GET", "/kv/kept", None, field), 200, b"value")
+                self.assertEqual(self.client.request("HEAD", "/kv/kept", None, field).status, 200)
 
-    def test_clear_removes_every_key(self) -> None:
-        for key in ("gone", "too"):
-            self.client.request("PUT", f"/kv/{key}", b"value")
-        self.check(self.client.request("DELETE", "/clear"), 200, b"")
-        for key in ("gone", "too"):
-            self.check(self.client.request("GET", f"/kv/{key}"), 404, b"key not found\n")
-        self.check(self.client.request("DELETE", "/clear"), 200, b"")
-
-    def test_health_is_ok(self) -> None:
-        self.check(self.client.request("GET", "/health"), 200, b"ok\n")
+    def test_other_fields_change_nothing(self) -> None:
+        self.client.request("PUT", "/kv/a", b"value")
+        for field in (
+            "Content-Encoding: Identity",
+            "Content-Type: text/plain; charset=UTF-8",
+            'Content-Type: text/plain; charset="us-ascii"',
+            "Content-Type: application/x-www-form-urlencoded",
+            "Content-Type:",
+            "If-Modified-Since: Mon, 01 Jan 2024 00:00:00 GMT",
+            "Range: bytes=0-1",
+        ):
+            with self.subTest(field):
+                self.check(self.client.request("PUT", "/kv/a", b"value", field), 200, b"")
+                self.check(self.client.request("GET", "/kv/a", None, field), 200, b"value")
 
     def test_head_is_get_without_the_body(self) -> None:
         self.client.request("PUT", "/kv/head", b"value")
@@ -909,26 +1457,14 @@ class APITest(unittest.TestCase):
             get = self.client.request("GET", path)
             self.assertEqual(head.status, get.status)
             self.assertEqual({**head.fields, "Date": ""}, {**get.fields, "Date": ""})
-
-    def test_a_head_that_comes_again_has_another_body(self) -> None:
-        for value in (b"one", b"two"):
-            self.check(self.client.request("PUT", "/kv/again", value), 200, b"")
-            for _ in range(2):
-                self.check(self.client.request("GET", "/kv/again"), 200, value)
-            for _ in range(2):
-                answer = self.client.request("PUT", "/kv/a+b", value)
-                self.check(answer, 400, b"key contains invalid characters\n")
-        for _ in range(2):
-            self.check(self.client.request("DELETE", "/kv/again"), 200, b"")
-            self.check(self.client.request("GET", "/kv/again"), 404, b"key not found\n")
-            answer = self.client.request("POST", "/kv/again", b"value")
-            self.check(answer, 405, b"method not allowed\n")
+        self.check(self.client.request("GET", "/health"), 200, b"ok\n")
 
     def test_a_refusal_does_not_take_the_method_of_the_request_before(self) -> None:
         """It has a body, unlike the answer to HEAD."""
         self.client.request("HEAD", "/health")
-        self.client.send(b"\n")
-        self.check(self.client.receive(), 400, b"malformed request\n")
+        self.client.send(b"GET /health HTTP/1.1\n")
+        text = b"malformed request: lines of text must end with CR LF\n"
+        self.check(self.client.receive(), 400, text)
 
     def test_other_methods_are_not_allowed(self) -> None:
         allowed = {"/kv/": "GET, HEAD, PUT, DELETE", "/clear": "DELETE", "/health": "GET, HEAD"}
@@ -952,311 +1488,146 @@ class APITest(unittest.TestCase):
     def test_other_paths_are_not_found(self) -> None:
         for path in ("/", "/kv", "/KV/a", "//kv/a", "/clear/", "/health/x", "/kv%2Fa"):
             for method in ("GET", "PUT", "POST"):
-                self.check(
-                    self.client.request(method, path, b"value"),
-                    404,
-                    b"not found; try /health or /kv/KEY\n",
-                )
-
-    def test_the_query_is_ignored(self) -> None:
-        self.check(self.client.request("PUT", "/kv/query?a=b&c=/?", b"value"), 200, b"")
-        self.check(self.client.request("GET", "/kv/query?"), 200, b"value")
-        self.check(self.client.request("GET", "/health?x=%20"), 200, b"ok\n")
-
-    def test_http_client_of_the_standard_library(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=DEADLINE)
-        connection.request("PUT", "/kv/std", "väl".encode(), {"Content-Type": "text/plain"})
-        self.assertEqual(connection.getresponse().read(), b"")
-        connection.request("PUT", "/kv/chunks", iter([b"a", b"bc"]))
-        self.assertEqual(connection.getresponse().read(), b"")
-        for key, value in (("std", "väl"), ("chunks", "abc")):
-            connection.request("GET", f"/kv/{key}")
-            self.assertEqual(connection.getresponse().read().decode(), value)
-        connection.close()
-
-    def test_reading_one_key_10_000_times_over_one_connection(self) -> None:
-        """With an answer in two writes this takes 400 s: each waits 40 ms for a delayed ACK."""
-        self.client.request("PUT", "/kv/a", b"value")
-        end = time.monotonic() + 4 * DEADLINE
-        for _ in range(10_000):
-            self.check(self.client.request("GET", "/kv/a"), 200, b"value")
-            self.assertLess(time.monotonic(), end)
+                answer = self.client.request(method, path, b"value")
+                self.check(answer, 404, b"not found; try /health or /kv/KEY\n")
 
 
-# ---- Handler: HTTP as the RFCs have it ----
+# ---- HTTP as the RFCs have it ----
 
 
 class Rule(NamedTuple):
     """What is sent on a new connection, which answers come, and what then becomes of it."""
 
     section: str  # of RFC 9112, or of RFC 9110 if it says so
-    what: str
-    sent: bytes
     answers: str  # status codes, then "open" or "closed"
+    sent: bytes
+
+
+def rules(section: str, answers: str, frame: bytes, *parts: bytes) -> list[Rule]:
+    """A rule for each part, set into the frame."""
+    return [Rule(section, answers, frame.replace(b"%", part)) for part in parts]
 
 
 GET = b"GET /health HTTP/1.1\r\n"
 PUT = b"PUT /kv/rule HTTP/1.1\r\nHost: x\r\n"
 HOST = b"Host: x\r\n"
-CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
 END = b"\r\n"
+CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
+# Frames
+LINE = b"%\r\n" + HOST + END
+TARGET = b"GET % HTTP/1.1\r\n" + HOST + END
+FOR_HOST = GET + b"Host: %\r\n\r\n"
+FIELDS = GET + HOST + b"%\r\n\r\n"
+LENGTH = PUT + b"Content-Length: %\r\n\r\nvalue"
+CODING = PUT + b"Transfer-Encoding: %\r\n\r\n0\r\n\r\n"
+EXPECT = b"Expect: 100-continue\r\n\r\n"
 
-# A rule is a line, two, or three.
 # fmt: off
 RULES = [
     # The request line
-    Rule("3", "a plain request", GET + HOST + END, "200 open"),
-    Rule("3", "two spaces", b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3", "a tab", b"GET\t/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3", "a space behind", b"GET /health HTTP/1.1 \r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3", "a space before", b" GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3", "no version", b"GET /health\r\n\r\n", "400 closed"),
-    Rule("3", "no target", b"GET HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3", "a space in the target", b"GET /he alth HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3", "nothing but garbage", b"\x16\x03\x01\x02\x00\x01\r\n\r\n", "400 closed"),
-    Rule("3", "too long", b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", "414 closed"),
-    Rule("3", "too long, without an end", b"GET /" + b"x" * 42_000, "414 closed"),
-    Rule("3", "the longest head, behind an empty line",
-         END + b"GET /health?" + b"x" * (8192 - 21) + b" HTTP/1.1\r\n"
-         + HOST + b"A: " + b"x" * (32_768 - 14) + END * 2, "200 open"),
-    Rule("3.1", "a method that is no token",
-         b"G(T /health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.1", "an unknown method", b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
-    Rule("3.1", "methods are case-sensitive",
-         b"get /health HTTP/1.1\r\nHost: x\r\n\r\n", "405 open"),
-    Rule("2.3", "HTTP/2.0", b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("9110 2.5", "HTTP/1.2", b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n", "200 open"),
-    Rule("9110 2.5", "which needs Host", b"GET /health HTTP/1.9\r\n\r\n", "400 closed"),
-    Rule("2.3", "HTTP/0.9", b"GET /health HTTP/0.9\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("2.3", "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "400 closed"),
-    Rule("3", "too long, behind an empty line", END + b"GET /" + b"x" * 9000, "414 closed"),
-    Rule("2.3", "lower-case name", b"GET /health http/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("2.3", "two digits", b"GET /health HTTP/1.10\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("2.2", "an empty line before", END + GET + HOST + END, "200 open"),
-    Rule("2.2", "two empty lines before", END + END + GET + HOST + END, "400 closed"),
-    Rule("2.2", "LF as a line end", b"GET /health HTTP/1.1\nHost: x\n\n", "400 closed"),
-    Rule("2.2", "LF once", b"GET /health HTTP/1.1\nHost: x\r\n\r\n", "400 closed"),
-    Rule("2.2", "CR as a line end", b"GET /health HTTP/1.1\rHost: x\r\r", "400 closed"),
-    Rule("2.2", "CR once", b"GET /health HTTP/1.1\rHost: x\r\n\r\n", "400 closed"),
-    # What cannot become a request line any more
-    *(
-        Rule("3", f"early, {sent!r}", sent, "400 closed")
-        for sent in (
-            b"\x16\x03\x01\x02", b"SSH-2.0-x\r\n", b"*1\r\n$4\r\nPING\r\n", b"GET /\x01", b"\0",
-            b"GET / HTTP/2.0\r\n", b"GET / x\r\n", b"GET /a\n", b"GET /a\ra",
-            b"GET / HTTP/1.1\r\nA: b\n", b"GET / HTTP/1.1\r\nA: b\0",
-        )
-    ),
+    *rules("3", "400 closed", LINE, b"GET  /health HTTP/1.1", b"GET\t/health HTTP/1.1",
+           b"GET /health HTTP/1.1 ", b" GET /health HTTP/1.1", b"GET /health", b"GET HTTP/1.1",
+           b"GET /he alth HTTP/1.1", b"\x16\x03\x01\x02\x00\x01", b"G(T /health HTTP/1.1"),
+    *rules("2.3", "400 closed", LINE, b"GET /health HTTP/2.0", b"GET /health HTTP/0.9",
+           b"GET /health http/1.1", b"GET /health HTTP/1.10"),
+    *rules("2.3", "400 closed", b"%\r\n\r\n", b"PRI * HTTP/2.0", b"GET /health HTTP/1.9"),
+    *rules("3.1", "405 open", LINE, b"BREW /health HTTP/1.1", b"get /health HTTP/1.1"),
+    *rules("9110 2.5", "200 open", LINE, b"GET /health HTTP/1.2"),
+    *rules("3", "414 closed", b"%GET /" + b"x" * 9000, b"", END, END * 2),
+    Rule("3", "200 open", END + b"GET /health?" + b"x" * (8192 - 21) + b" HTTP/1.1\r\n"
+         + HOST + b"A: " + b"x" * (32_768 - 14) + END * 2),  # the longest head
+    *rules("2.2", "200 open", b"%" + GET + HOST + END, END, END * 2, END * 5),
+    # What is no text is refused before the head is complete
+    *rules("2.2", "400 closed", b"%", b"GET /health HTTP/1.1\n", b"GET /a\ra", b"GET /\x01", b"\0",
+           b"\n", b"\x16\x03\x01\x02", b"GET /a\x7f", GET + b"A: b\n", GET + b"A: b\0", GET + b"\n",
+           GET + HOST + b"\n\n"),
     # The target
-    Rule("3.2.1", "no slash at the start", b"GET health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "a fragment", b"GET /health#a HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
-    Rule("3.2.1", "not ASCII", b"GET /kv/\xc3\xa4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "a control character", b"GET /kv/\x01 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.1", "a quotation mark", b'GET /kv/" HTTP/1.1\r\nHost: x\r\n\r\n', "400 open"),
-    Rule("3.2.1", "percent and no digits", b"GET /kv/% HTTP/1.1\r\nHost: x\r\n\r\n", "400 open"),
-    Rule("3.2.1", "percent, one digit", b"GET /kv/%4 HTTP/1.1\r\nHost: x\r\n\r\n", "400 open"),
-    Rule("3.2.1", "percent, not hex", b"GET /kv/%4g HTTP/1.1\r\nHost: x\r\n\r\n", "400 open"),
-    Rule("3.2.1", "a query, which means nothing here",
-         b"GET /health?a=/%zz?\"<> HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
-    Rule("3.2.2", "absolute", b"GET http://a:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
-    Rule("3.2.2", "https", b"GET HTTPS://[::1]/health?q HTTP/1.1\r\nHost: x\r\n\r\n", "200 open"),
-    Rule("3.2.2", "without a path", b"GET http://a HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
-    Rule("3.2.2", "only a query", b"GET http://a?/health HTTP/1.1\r\nHost: x\r\n\r\n", "404 open"),
-    Rule("3.2.2", "needs Host, too", b"GET http://a/health HTTP/1.1\r\n\r\n", "400 closed"),
-    Rule("3.2.2", "no host", b"GET http:///health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.2", "nothing else", b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.2", "only a port",
-         b"GET http://:80/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.2", "user name", b"GET http://u@a/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.2", "other scheme", b"GET ftp://a/health HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.3", "authority-form", b"CONNECT a:80 HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    Rule("3.2.4", "asterisk-form", b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "400 closed"),
-    # Host
-    Rule("3.2", "missing", GET + END, "400 closed"),
-    Rule("3.2", "repeated", GET + HOST + HOST + END, "400 closed"),
-    Rule("3.2", "empty", GET + b"Host:\r\n\r\n", "200 open"),
-    Rule("3.2", "with a port", GET + b"Host: localhost:8080\r\n\r\n", "200 open"),
-    Rule("3.2", "IPv6", GET + b"Host: [::1]:8080\r\n\r\n", "200 open"),
-    Rule("3.2", "percent-encoded", GET + b"Host: %41\r\n\r\n", "421 open"),
-    # On a loopback address, a name that somebody could have lead there
-    *(
-        Rule("9110 7.4", host, GET + b"Host: " + host.encode() + END + END, "421 open")
-        for host in ("attacker.example", "a.b:8080", "localhost.a.b", "1.2.3.4.a", "localhost.")
-    ),
-    *(
-        Rule("9110 7.4", host, GET + b"Host: " + host.encode() + END + END, "200 open")
-        for host in ("127.0.0.1", "10.1.2.3:80", "[::1]", "LOCALHOST", "a.LocalHost:1", "kv", ":80")
-    ),
-    Rule("3.2.2", "the target counts", b"GET http://a.b/health HTTP/1.1\r\n" + HOST + END,
-         "421 open"),
-    Rule("3.2.2", "and not the field",
-         b"GET http://kv/health HTTP/1.1\r\nHost: a.b\r\n\r\n", "200 open"),
-    Rule("9110 7.4", "after its body",
-         PUT.replace(b" x", b" a.b") + b"Content-Length: 5\r\n\r\nvalue", "421 open"),
-    Rule("3.2", "a slash", GET + b"Host: a/b\r\n\r\n", "400 closed"),
-    Rule("3.2", "a space", GET + b"Host: a b\r\n\r\n", "400 closed"),
-    Rule("3.2", "a user name", GET + b"Host: u@a\r\n\r\n", "400 closed"),
-    Rule("3.2", "a list", GET + b"Host: a, b\r\n\r\n", "400 closed"),
-    Rule("3.2", "port not a number", GET + b"Host: a:b\r\n\r\n", "400 closed"),
-    Rule("3.2", "not needed in HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", "200 closed"),
-    Rule("3.2", "but not repeated", b"GET /health HTTP/1.0\r\n" + HOST + HOST + END, "400 closed"),
-    Rule("3.2", "or invalid", b"GET /health HTTP/1.0\r\nHost: a b\r\n\r\n", "400 closed"),
+    *rules("3.2.1", "400 closed", TARGET, b"health", b"/kv/\xc3\xa4", b"/kv/\x01"),
+    *rules("3.2.1", "400 open", TARGET, b"/kv/\"", b"/kv/#a", b"/kv/%", b"/kv/%4", b"/kv/%4g"),
+    *rules("3.2.1", "200 open", TARGET, b"/health?a=/%zz?\"<>"),
+    *rules("3.2.2", "200 open", TARGET, b"http://a:80/health", b"HTTPS://[::1]/health?q"),
+    *rules("3.2.2", "404 open", TARGET, b"http://a", b"http://a?/health"),
+    *rules("3.2.2", "400 closed", TARGET, b"http:///health", b"http://", b"http://:80/health",
+           b"http://u@a/health", b"ftp://a/health", b"a:80", b"*"),
+    Rule("3.2.2", "400 closed", b"GET http://a/health HTTP/1.1\r\n\r\n"),
+    # Host. On a loopback address, a name is refused that somebody could have lead there.
+    *rules("3.2", "400 closed", GET + b"%" + END, b"", HOST * 2),
+    *rules("3.2", "400 closed", FOR_HOST, b"a/b", b"a b", b"u@a", b"a, b", b"a:b", b"%zz", b"a%4"),
+    *rules("9110 7.4", "200 open", FOR_HOST, b"", b"localhost:8080", b"[::1]:8080", b"127.0.0.1",
+           b"10.1.2.3:80", b"LOCALHOST", b"a.LocalHost:1", b"kv", b":80", b"localhost.",
+           b"localhost.:80"),
+    *rules("9110 7.4", "421 open", FOR_HOST, b"attacker.example", b"a.b:8080", b"localhost.a.b",
+           b"1.2.3.4.a", b"%41", b"a.localhost.b"),
+    Rule("3.2.2", "421 open", b"GET http://a.b/health HTTP/1.1\r\n" + HOST + END),
+    Rule("3.2.2", "200 open", b"GET http://kv/health HTTP/1.1\r\nHost: a.b\r\n\r\n"),
+    Rule("9110 7.4", "421 open", LENGTH.replace(b"Host: x", b"Host: a.b").replace(b"%", b"5")),
+    *rules("3.2", "400 closed", b"GET /health HTTP/1.0\r\n%\r\n", HOST * 2, b"Host: a b\r\n"),
     # Field lines
-    Rule("5.1", "white space before the colon", GET + HOST + b"A : b\r\n\r\n", "400 closed"),
-    Rule("5.1", "white space around the value", GET + b"Host: \t x \t \r\n\r\n", "200 open"),
-    Rule("5.1", "no white space", GET + b"Host:x\r\n\r\n", "200 open"),
-    Rule("5.1", "names in any case", GET + b"hOST: x\r\n\r\n", "200 open"),
-    Rule("5.1", "no colon", GET + HOST + b"A\r\n\r\n", "400 closed"),
-    Rule("5.1", "no name", GET + HOST + b": b\r\n\r\n", "400 closed"),
-    Rule("5.1", "a name that is no token", GET + HOST + b"A(: b\r\n\r\n", "400 closed"),
-    Rule("5.1", "a name that is not ASCII", GET + HOST + b"\xc3\xa4: b\r\n\r\n", "400 closed"),
-    Rule("5.2", "a folded line", GET + HOST + b"A: b\r\n c\r\n\r\n", "400 closed"),
-    Rule("5.2", "folded with a tab", GET + HOST + b"A: b\r\n\tc\r\n\r\n", "400 closed"),
-    Rule("2.2", "white space before the first", GET + b" Host: x\r\n\r\n", "400 closed"),
-    Rule("9110 5.5", "CR in a value", GET + HOST + b"A: b\rc\r\n\r\n", "400 closed"),
-    Rule("9110 5.5", "LF in a value", GET + HOST + b"A: b\nc: d\r\n\r\n", "400 closed"),
-    Rule("9110 5.5", "NUL in a value", GET + HOST + b"A: b\0c\r\n\r\n", "400 closed"),
-    Rule("9110 5.5", "another control", GET + HOST + b"A: b\x1bc\r\n\r\n", "400 closed"),
-    Rule("9110 5.5", "DEL in a value", GET + HOST + b"A: b\x7fc\r\n\r\n", "400 closed"),
-    Rule("9110 5.5", "Latin-1 in a value", GET + HOST + b"A: b\xe4c\td\r\n\r\n", "200 open"),
-    Rule("9110 5.5", "an empty value", GET + HOST + b"A:\r\n\r\n", "200 open"),
-    Rule("9110 5.4", "100 fields", GET + HOST + b"A: b\r\n" * 99 + END, "200 open"),
-    Rule("9110 5.4", "101 fields", GET + HOST + b"A: b\r\n" * 100 + END, "431 closed"),
-    Rule("9110 5.4", "30 KB", GET + HOST + b"A: " + b"b" * 30_000 + END + END, "200 open"),
-    Rule("9110 5.4", "33 KB", GET + HOST + b"A: " + b"b" * 33_000 + END + END, "431 closed"),
-    Rule("9110 5.4", "42 KB, no end", GET + HOST + b"A: " + b"b" * 42_000, "431 closed"),
+    *rules("5.1", "400 closed", FIELDS, b"A : b", b"A", b": b", b"A(: b", b"\xc3\xa4: b"),
+    *rules("5.1", "200 open", FOR_HOST, b"\t x \t "),
+    *rules("5.1", "200 open", GET + b"%\r\n\r\n", b"Host:x", b"hOST: x"),
+    *rules("5.2", "400 closed", FIELDS, b"A: b\r\n c", b"A: b\r\n\tc"),
+    Rule("2.2", "400 closed", GET + b" Host: x\r\n\r\n"),
+    *rules("9110 5.5", "400 closed", FIELDS, b"A: b\rc", b"A: b\nc: d", b"A: b\0c", b"A: b\x1bc",
+           b"A: b\x7fc"),
+    *rules("9110 5.5", "200 open", FIELDS, b"A: b\xe4c\td", b"A:", b"A: b\r\n" * 98 + b"A: b",
+           b"A: " + b"b" * 30_000),
+    *rules("9110 5.4", "431 closed", FIELDS, b"A: b\r\n" * 99 + b"A: b", b"A: " + b"b" * 33_000),
+    Rule("9110 5.4", "431 closed", GET + HOST + b"A: " + b"b" * 42_000),
     # Content-Length
-    Rule("6.2", "a body", PUT + b"Content-Length: 5\r\n\r\nvalue", "200 open"),
-    Rule("6.2", "leading zeros", PUT + b"Content-Length: 0005\r\n\r\nvalue", "200 open"),
-    Rule("6.3", "a sign", PUT + b"Content-Length: +5\r\n\r\nvalue", "400 closed"),
-    Rule("6.3", "negative", PUT + b"Content-Length: -5\r\n\r\nvalue", "400 closed"),
-    Rule("6.3", "hexadecimal", PUT + b"Content-Length: 0x5\r\n\r\nvalue", "400 closed"),
-    Rule("6.3", "an underscore", PUT + b"Content-Length: 1_0\r\n\r\nvaluevalue", "400 closed"),
-    Rule("6.3", "a decimal", PUT + b"Content-Length: 5.0\r\n\r\nvalue", "400 closed"),
-    Rule("6.3", "other digits", PUT + "Content-Length: ٥\r\n\r\nvalue".encode(), "400 closed"),
-    Rule("6.3", "superscript", PUT + b"Content-Length: \xb2\r\n\r\nva", "400 closed"),
-    Rule("6.3", "empty", PUT + b"Content-Length:\r\n\r\nvalue", "400 closed"),
-    Rule("6.3", "a list", PUT + b"Content-Length: 5, 5\r\n\r\nvalue", "400 closed"),
-    Rule("6.3", "repeated, same", PUT + b"Content-Length: 5\r\n" * 2 + b"\r\nvalue", "200 open"),
-    Rule("6.3", "and other",
-         PUT + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nvalue", "400 closed"),
-    Rule("9110 8.6", "too large", PUT + b"Content-Length: 10485761\r\n\r\n", "413 closed"),
-    Rule("9110 8.6", "5,000 digits",
-         PUT + b"Content-Length: " + b"9" * 5000 + END * 2, "413 closed"),
-    Rule("9110 8.6", "also with GET",
-         GET + HOST + b"Content-Length: 10485761\r\n\r\n", "413 closed"),
-    Rule("9110 8.6", "with GET", GET + HOST + b"Content-Length: 5\r\n\r\nvalue", "200 open"),
-    Rule("9110 9.3.5", "with DELETE",
-         b"DELETE /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab", "200 open"),
-    Rule("6.3", "a request inside an unwanted body",
-         b"POST /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 33\r\n\r\n" + GET + HOST + END,
-         "405 open"),
-    Rule("6.3", "none", PUT + END, "400 open"),
+    *rules("6.2", "200 open", LENGTH, b"5", b"0005", b"5\r\nContent-Length: 5"),
+    *rules("6.3", "400 closed", LENGTH, b"+5", b"-5", b"0x5", b"1_0", b"5.0", "٥".encode(), b"\xb2",
+           b"", b"5, 5", b"5\r\nContent-Length: 6"),
+    *rules("9110 8.6", "413 closed", LENGTH, b"10485761", b"9" * 5000),
+    *rules("9110 8.6", "200 open", b"%\r\nHost: x\r\nContent-Length: 5\r\n\r\nvalue",
+           b"GET /health HTTP/1.1", b"DELETE /kv/a HTTP/1.1"),
+    Rule("6.3", "405 open",
+         b"POST /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 33\r\n\r\n" + GET + HOST + END),
+    Rule("6.3", "400 open", PUT + END),
     # Transfer-Encoding
-    Rule("6.1", "with Content-Length",
-         PUT + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400 closed"),
-    Rule("6.1", "in HTTP/1.0",
-         b"PUT /kv/a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "400 closed"),
-    Rule("6.1", "gzip", PUT + b"Transfer-Encoding: gzip\r\n\r\n", "501 closed"),
-    Rule("6.1", "gzip, chunked",
-         PUT + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", "501 closed"),
-    Rule("6.1", "chunked twice",
-         PUT + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n", "501 closed"),
-    Rule("6.1", "identity", PUT + b"Transfer-Encoding: identity\r\n\r\n", "501 closed"),
-    Rule("6.1", "almost chunked",
-         PUT + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", "501 closed"),
-    Rule("6.1", "with a vertical tab",
-         PUT + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", "400 closed"),
-    Rule("6.1", "empty", PUT + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n", "501 closed"),
-    Rule("6.1", "in any case",
-         PUT + b"transfer-encoding: CHUNKED\r\n\r\n1\r\na\r\n0\r\n\r\n", "200 open"),
+    *rules("6.1", "400 closed", CODING, b"chunked\r\nContent-Length: 5", b"\x0bchunked"),
+    *rules("6.1", "501 closed", CODING, b"gzip", b"gzip, chunked", b"identity", b"xchunked", b"",
+           b"chunked\r\nTransfer-Encoding: chunked"),
+    Rule("6.1", "400 closed", CODING.replace(b"1.1", b"1.0").replace(b"%", b"chunked")),
+    *rules("6.1", "400 open", CODING, b"chunked", b"CHUNKED"),  # and the value is empty
     # Chunks
-    Rule("7.1", "two chunks", CHUNKED + b"5\r\nvalue\r\nA\r\n0123456789\r\n0\r\n\r\n", "200 open"),
-    Rule("7.1", "leading zeros", CHUNKED + b"0001\r\na\r\n000\r\n\r\n", "200 open"),
-    Rule("7.1", "an empty body", CHUNKED + b"0\r\n\r\n", "400 open"),
-    Rule("7.1", "an unwanted body",
-         CHUNKED.replace(b"PUT", b"POST") + b"1\r\na\r\n0\r\n\r\n", "405 open"),
-    Rule("7.1", "no size", CHUNKED + b"\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "size not hexadecimal", CHUNKED + b"g\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "size with a prefix", CHUNKED + b"0x1\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "size with a sign", CHUNKED + b"+1\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "negative size", CHUNKED + b"-1\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "a space before the size", CHUNKED + b" 1\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "a space behind the size", CHUNKED + b"1 \r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "17 digits", CHUNKED + b"0" * 16 + b"1\r\na\r\n0\r\n\r\n", "200 open"),
-    Rule("7.1", "much too large", CHUNKED + b"F" * 5000 + b"\r\n", "413 closed"),
-    Rule("7.1", "data too long", CHUNKED + b"1\r\nab\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "data too short", CHUNKED + b"3\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "LF behind the size", CHUNKED + b"1\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "LF behind the data", CHUNKED + b"1\r\na\n0\r\n\r\n", "400 closed"),
-    Rule("7.1", "only LF", CHUNKED + b"1\na\n0\n\n", "400 closed"),
-    Rule("7.1", "the longest line, with 8,192 bytes up to the middle of its end",
-         PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
-         + b"1;a=" + b"b" * 8188 + END + b"a\r\n0\r\n\r\n", "200 open"),
-    Rule("7.1", "longer", CHUNKED + b"1;" + b"a" * 8191 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
-    Rule("7.1", "a line without an end", CHUNKED + b"1" * 9000, "431 closed"),
-    Rule("7.1", "together too large",
-         CHUNKED + b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n", "413 closed"),
-    Rule("7.1", "one too large", CHUNKED + b"A00001\r\n", "413 closed"),
-    Rule("7.1.1", "extensions",
-         CHUNKED + b'1;a\r\na\r\n1 ; b = "c\\"; d" ;e=f\r\nb\r\n0;g\r\n\r\n', "200 open"),
-    Rule("7.1.1", "a space, and no extension", CHUNKED + b"1 a\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1.1", "CR in an extension", CHUNKED + b"1;a=\rb\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1.1", "LF in an extension", CHUNKED + b"1;a\nb\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1.1", "NUL in an extension", CHUNKED + b"1;a=\0b\r\na\r\n0\r\n\r\n", "400 closed"),
-    Rule("7.1.1", "20 KB of extensions",
-         CHUNKED + b"1;a=" + b"b" * 20_000 + b"\r\na\r\n0\r\n\r\n", "431 closed"),
-    Rule("7.1.2", "a trailer",
-         CHUNKED + b"1\r\na\r\n0\r\nA: b\r\nContent-Length: 9\r\n\r\n", "200 open"),
-    Rule("7.1.2", "a malformed one", CHUNKED + b"1\r\na\r\n0\r\nA : b\r\n\r\n", "400 closed"),
-    Rule("7.1.2", "a folded one", CHUNKED + b"1\r\na\r\n0\r\nA: b\r\n c\r\n\r\n", "400 closed"),
-    Rule("7.1.2", "101 fields",
-         CHUNKED + b"1\r\na\r\n0\r\n" + b"A: b\r\n" * 101 + END, "431 closed"),
-    Rule("6.5.1", "32 KiB of them",
-         CHUNKED + b"0\r\n" + (b"A: " + b"b" * 507 + END) * 63 + b"A: " + b"b" * 506 + END * 2,
-         "400 open"),
-    Rule("6.5.1", "more", CHUNKED + b"0\r\n" + (b"A: " + b"b" * 507 + END) * 65 + END,
-         "431 closed"),
-    Rule("7.1.2", "33 KB in a line", CHUNKED + b"0\r\nA: " + b"b" * 33_000 + END * 2, "431 closed"),
+    *rules("7.1", "200 open", CHUNKED + b"%\r\n0\r\n\r\n", b"5\r\nvalue\r\nA\r\n0123456789",
+           b"0001\r\na", b"0" * 16 + b"1\r\na", b'1;a\r\na\r\n1 ; b = "c\\"; d" ;e=f\r\nb'),
+    *rules("7.1", "405 open", CHUNKED.replace(b"PUT", b"POST") + b"1\r\na\r\n0\r\n\r\n"),
+    *rules("7.1", "400 closed", CHUNKED + b"%\r\n0\r\n\r\n", b"\r\na", b"g\r\na", b"0x1\r\na",
+           b"+1\r\na", b"-1\r\na", b" 1\r\na", b"1 \r\na", b"1\r\nab", b"3\r\na", b"1\na",
+           b"1 a\r\na", b"1;a=\rb\r\na", b"1;a\nb\r\na", b"1;a=\0b\r\na"),
+    Rule("7.1", "400 closed", CHUNKED + b"1\r\na\n0\r\n\r\n"),
+    *rules("7.1", "413 closed", CHUNKED + b"%", b"F" * 5000 + END, b"A00001\r\n",
+           b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n"),
+    *rules("7.1", "431 closed", CHUNKED + b"%", b"1;" + b"a" * 8191 + b"\r\na", b"1" * 9000,
+           b"0\r\nA: " + b"b" * 33_000 + END * 2, b"0\r\n" + b"A: b\r\n" * 101 + END),
+    # The longest line, with 8,192 bytes up to the middle of its end
+    Rule("7.1", "200 open", PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
+         + b"1;a=" + b"b" * 8000 + END + b"a\r\n0\r\n\r\n"),
+    *rules("7.1.2", "200 open", CHUNKED + b"1\r\na\r\n0\r\n%\r\n\r\n", b"A: b", b"A: b\r\nC: d"),
+    *rules("7.1.2", "400 closed", CHUNKED + b"1\r\na\r\n0\r\n%\r\n\r\n", b"A : b", b"A: b\r\n c"),
     # What happens to the connection
-    Rule("9.3", "close", GET + HOST + b"Connection: close\r\n\r\n", "200 closed"),
-    Rule("9.3", "close among others",
-         GET + HOST + b"Connection: a,\tClose ,b\r\n\r\n", "200 closed"),
-    Rule("9.3", "in a second line",
-         GET + HOST + b"Connection: a\r\nConnection: close\r\n\r\n", "200 closed"),
-    Rule("9.3", "keep-alive", GET + HOST + b"Connection: keep-alive\r\n\r\n", "200 open"),
-    Rule("9.3", "HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", "200 closed"),
-    Rule("9.3", "HTTP/1.0, keep-alive",
-         b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "200 open"),
-    Rule("9.3", "both", GET + HOST + b"Connection: keep-alive, close\r\n\r\n", "200 closed"),
-    Rule("9.3.2", "pipelining", (GET + HOST + END) * 50, "200 " * 50 + "open"),
-    Rule("9.3.2", "with bodies",
-         (PUT + b"Content-Length: 2\r\n\r\nab") * 3 + GET + HOST + END, "200 200 200 200 open"),
-    Rule("9.3.2", "an error in between",
-         GET + HOST + END + b"?\r\n\r\n" + GET + HOST + END, "200 400 closed"),
-    Rule("9.6", "nothing behind close",
-         GET + HOST + b"Connection: close\r\n\r\n" + GET + HOST + END, "200 closed"),
+    *rules("9.3", "200 closed", FIELDS, b"Connection: close", b"Connection: a,\tClose ,b",
+           b"Connection: a\r\nConnection: close", b"Connection: keep-alive, close"),
+    *rules("9.3", "200 open", FIELDS, b"Connection: keep-alive"),
+    *rules("9.3", "200 closed", b"GET /health HTTP/1.0\r\n%\r\n", b"", HOST),
+    Rule("9.3", "200 open", b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"),
+    Rule("9.3.2", "200 " * 50 + "open", (GET + HOST + END) * 50),
+    Rule("9.3.2", "200 200 200 open", LENGTH.replace(b"%", b"5") * 2 + GET + HOST + END),
+    Rule("9.3.2", "200 400 closed", GET + HOST + END + b"?\r\n\r\n" + GET + HOST + END),
+    Rule("9.6", "200 closed", FIELDS.replace(b"%", b"Connection: close") + GET + HOST + END),
     # Expect
-    Rule("9110 10.1.1", "continue",
-         PUT + b"Content-Length: 1\r\nExpect: 100-Continue\r\n\r\n", "100"),
-    Rule("9110 10.1.1", "and chunks",
-         PUT + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n", "100"),
-    Rule("9110 10.1.1", "body on the way",
-         PUT + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\na", "200 open"),
-    Rule("9110 10.1.1", "no body", GET + HOST + b"Expect: 100-continue\r\n\r\n", "200 open"),
-    Rule("9110 10.1.1", "too large",
-         PUT + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n", "413 closed"),
-    Rule("9110 10.1.1", "wrong key",
-         PUT.replace(b"rule", b"!") + b"Content-Length: 1\r\nExpect: 100-continue\r\n\r\n",
-         "400 closed"),
-    Rule("9110 10.1.1", "none", GET + HOST + b"Expect:\r\n\r\n", "200 open"),
-    Rule("9110 10.1.1", "twice",
-         GET + HOST + b"Expect: 100-continue,,100-continue\r\n\r\n", "200 open"),
-    Rule("9110 10.1.1", "another", GET + HOST + b"Expect: cake\r\n\r\n", "200 open"),
-    Rule("9110 10.1.1", "one of two",
-         GET + HOST + b"Expect: 100-continue\r\nExpect: cake\r\n\r\n", "200 open"),
-    Rule("9110 10.1.1", "ignored in HTTP/1.0",
-         b"PUT /kv/a HTTP/1.0\r\nContent-Length: 0\r\nExpect: 100-continue\r\n\r\n", "400 closed"),
+    *rules("9110 10.1.1", "100", PUT + b"%" + EXPECT, b"Content-Length: 1\r\n",
+           b"Transfer-Encoding: chunked\r\n"),
+    Rule("9110 10.1.1", "200 open", PUT + b"Content-Length: 1\r\n" + EXPECT + b"a"),
+    Rule("9110 10.1.1", "413 closed", PUT + b"Content-Length: 99999999\r\n" + EXPECT),
+    Rule("9110 10.1.1", "400 closed",
+         PUT.replace(b"rule", b"!") + b"Content-Length: 1\r\n" + EXPECT),
+    *rules("9110 10.1.1", "200 open", FIELDS, b"Expect: 100-continue", b"Expect:", b"Expect: cake",
+           b"Expect: 100-continue,,100-continue", b"Expect: 100-continue\r\nExpect: cake"),
+    Rule("9110 10.1.1", "400 closed",
+         b"PUT /kv/a HTTP/1.0\r\nContent-Length: 0\r\nExpect: 100-continue\r\n\r\n"),
 ]
 # fmt: on
 
@@ -1265,11 +1636,11 @@ class HTTPTest(KVTest):
     def test_each_rule_has_its_outcome(self) -> None:
         server = self.start()
         for rule in RULES:
-            self.check(server, rule)
+            self.check_rule(server, rule)
         self.assertEqual(server.log.count("\n"), 1, server.log)
 
-    def check(self, server: ServerProcess, rule: Rule) -> None:
-        with self.subTest(f"RFC 9112 {rule.section}: {rule.what}"), server.connect() as client:
+    def check_rule(self, server: ServerProcess, rule: Rule) -> None:
+        with self.subTest(rule.section, sent=rule.sent[-200:]), server.connect() as client:
             client.send(rule.sent)
             *statuses, then = rule.answers.split()
             if then == "100":
@@ -1286,37 +1657,30 @@ class HTTPTest(KVTest):
                 self.assertEqual("Date" in answer.fields, answer.status >= 200)
 
     def test_however_the_bytes_arrive_the_outcomes_are_the_same(self) -> None:
-        server = self.start_with("kv.Handler._receive.__defaults__ = (1,)")
+        """Among others, the last empty line of a head comes by itself."""
+        server = self.start_with("kv.RECEIVE_SIZE = 1")
         for rule in RULES:
             # Whether the body is on the way is not known before its first byte is read.
-            if len(rule.sent) < 4000 and rule.what != "body on the way":
-                self.check(server, rule)
+            if len(rule.sent) < 4000 and not rule.sent.endswith(EXPECT + b"a"):
+                self.check_rule(server, rule)
 
-    @on_linux
-    def test_a_second_empty_line_is_refused_however_late_it_comes(self) -> None:
-        server = self.start()
-        client = self.client(server)
-        client.send(END)
-        wait_until_read(server, client)
-        client.send(END)
-        self.assertEqual(client.receive().status, 400)
-
-    def test_a_web_page_by_another_name_changes_nothing(self) -> None:
-        for host, status in (("127.0.0.1", 421), ("::1", 421), ("0.0.0.0", 200)):
-            with self.subTest(host), self.start(f"--host={host}") as server:
-                address = host.replace("0.0.0.0", "127.0.0.1")
-                with Client(server.port, address) as client:
-                    client.request("PUT", "/kv/a", b"1")
-                    for method, path in (("PUT", "/kv/a"), ("DELETE", "/kv/a"), ("GET", "/kv/a")):
-                        sent = request(method, path, b"2").replace(b"Host: kv", b"Host: a.example")
-                        client.send(sent)
-                        answer = client.receive()
-                        self.assertEqual(
-                            answer.status in (421, 404), status == 421 or method == "GET"
-                        )
-                    if status == 421:
-                        self.assertEqual(answer.body, b"misdirected request\n")
-                        self.assertEqual(client.request("GET", "/kv/a").body, b"1")
+    def test_another_name_in_the_request_changes_nothing(self) -> None:
+        """Unless others than this machine are meant to reach the server."""
+        text = b"misdirected request: here the host is localhost or an IP address\n"
+        for host, is_local in (("127.0.0.1", True), ("::1", True), ("0.0.0.0", False)):
+            server = self.start(f"--host={host}", f"--working-dir={self.top}/{host}")
+            with (
+                self.subTest(host),
+                Client(server.port, {"0.0.0.0": "127.0.0.1"}.get(host, host)) as client,
+            ):
+                client.request("PUT", "/kv/a", b"1")
+                for method in ("PUT", "DELETE", "GET"):
+                    client.send(request(method, "/kv/a", b"2", host="a.example"))
+                    answer = client.receive()
+                    self.assertEqual(answer.body == text, is_local)
+                self.assertEqual(answer.status, 421 if is_local else 404)
+                body = client.request("GET", "/kv/a").body
+                self.assertEqual(body, b"1" if is_local else b"key not found\n")
 
     def test_a_short_body_is_not_stored(self) -> None:
         server = self.start()
@@ -1332,7 +1696,7 @@ class HTTPTest(KVTest):
 
     def test_who_is_still_sending_can_read_the_refusal(self) -> None:
         """Closing with unread input would reset the connection and lose the answer."""
-        server = self.start_with("kv.LINGER_SECONDS = 60.0")
+        server = self.start()
         size = 15_000_000  # more than fits into the sockets' buffers
         for _ in range(5):
             with server.connect() as client:
@@ -1351,50 +1715,27 @@ class HTTPTest(KVTest):
         self.assertEqual(client.receive().status, 200)
         self.assertEqual(client.file.read(1), b"")
 
-    def test_a_refused_head_has_no_body_either(self) -> None:
-        server = self.start()
-        for rest in (
-            b"\x01",
-            b" HTTP/1.1\r\n\r\n",
-            b" HTTP/1.1\r\n" + HOST + b"Content-Length: 99999999\r\n\r\n",
-            b" HTTP/1.1\r\nA: \x01\r\n\r\n",
-            b" HTTP/1.1\r\nA: \x01",
-        ):
-            with server.connect() as client:
-                client.send(b"HEAD /health" + rest)
-                self.assertIn(client.receive("HEAD").status, (400, 413))
-                self.assertEqual(client.file.read(), b"")
-
     @on_linux
     def test_no_head_takes_long_to_refuse(self) -> None:
         """A search that goes back quadratically would stop all threads for seconds."""
-        server = self.start()
-        n = 8_000
-        for sent in (
-            *(GET + HOST + b"A:" + run * 30_000 + b"\x01\r\n\r\n" for run in (b" ", b"\t", b"a")),
-            *(GET + HOST + run * 15_000 + b"\x01\r\n\r\n" for run in (b"a", b"a:", b": ")),
-            *(
-                GET + b"Host:" + run * 10_000 + b"\x01\r\n\r\n"
-                for run in (b" ", b"a", b"%41", b":")
-            ),
-            *(b"GET /" + run * (n // len(run)) + b"\x01\r\n\r\n" for run in (b"a", b"%41", b"?a")),
-            *(
-                b"GET http://" + run * (n // len(run)) + b"\r\n\r\n"
-                for run in (b"a", b"%41", b":1")
-            ),
-            *(b"G" * n + end for end in (b"\r\n\r\n", b" / HTTP/9.9\r\n\r\n")),
-            *(run * 4000 + b"\r\x01" for run in (b"a", b"\r\n" + GET, GET + b"a")),
-            *(GET + HOST + run * 10_000 + b"\r\x01" for run in (b"a", b"a\r\n")),
-            *(
-                CHUNKED + b"1" + run * (n // len(run)) + b"\x01\r\n"
-                for run in (b" ", b";a", b"; a =b ", b';a="', b';a="\\', b"1", b";a=b")
-            ),
-        ):
-            with server.connect() as client:
-                before = server.cpu_seconds()
-                client.send(sent)
-                self.assertIn(client.receive().status, (400, 413, 414, 431))
-                self.assertLess(server.cpu_seconds() - before, 0.5, sent[:60])
+        server, n = self.start(), 8_000
+        line, head = b"GET /%\x01\r\n\r\n", GET + HOST + b"%\x01\r\n\r\n"
+        frames: dict[bytes, tuple[bytes, ...]] = {
+            line: (b"a", b"%41", b"?a"),
+            b"GET http://%\r\n\r\n": (b"a", b"%41", b":1"),
+            b"% / HTTP/9.9\r\n\r\n": (b"G",),
+            head.replace(b"%", b"A:%"): (b" ", b"\t", b"a"),
+            head: (b"a", b"a:", b": ", b"a\r\n"),
+            GET + b"Host:%\x01\r\n\r\n": (b" ", b"a", b"%41", b":"),
+            CHUNKED + b"1%\x01\r\n": (b" ", b";a", b"; a =b ", b';a="', b';a="\\', b"1", b";a=b"),
+        }
+        for frame, runs in frames.items():
+            for run in runs:
+                with server.connect() as client:
+                    before = server.cpu_seconds()
+                    client.send(frame.replace(b"%", run * (n // len(run))))
+                    self.assertIn(client.receive().status, (400, 413, 414, 431))
+                    self.assertLess(server.cpu_seconds() - before, 0.5, (frame, run))
 
     def test_hostile_bytes_stop_nothing(self) -> None:
         with self.start() as server:
@@ -1403,27 +1744,17 @@ class HTTPTest(KVTest):
             self.assertNotIn("kv.py: error", server.log)
 
     def test_an_upload_that_is_fast_enough_may_take_longer(self) -> None:
-        """Also if each of its chunks arrives at once, or much of it together with its head."""
+        """Also if each of its chunks arrives at once."""
         server = self.start_with("kv.STALL_SECONDS = 1.0")
-        plain, chunked, early = clients = [self.client(server) for _ in range(3)]
+        plain, chunked = clients = [self.client(server) for _ in range(2)]
         plain.send(request("PUT", "/kv/a", None, "Content-Length: 10000"))
         chunked.send(CHUNKED)
-        early.send(put("b", "x" * 3010)[:-10])
         for _ in range(10):
             time.sleep(0.2)  # the rate that is tested: 5 KB/s
             plain.send(b"x" * 1000)
             chunked.send(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
-            early.send(b"x")
         chunked.send(b"0\r\n\r\n")
-        self.assertEqual([client.receive().status for client in clients], [200] * 3)
-
-    def test_each_request_of_a_connection_has_its_own_time(self) -> None:
-        client = self.client(self.start_with("kv.STALL_SECONDS = 1.0"))
-        for _ in range(3):
-            client.send(b"GET /health")
-            time.sleep(0.5)  # the time that is tested: 1.5 s for all of them
-            client.send(b" HTTP/1.1\r\n" + HOST + END)
-            self.assertEqual(client.receive().status, 200)
+        self.assertEqual([client.receive().status for client in clients], [200, 200])
 
     def test_slow_requests_end_after_their_time(self) -> None:
         """A head that never ends, byte by byte; a body that stalls late; one that dribbles."""
@@ -1482,7 +1813,6 @@ def fuzz(server: ServerProcess, count: int, seed: int) -> None:
                 raise AssertionError(f"request {number} with seed {seed}: no end")
     wait_until(lambda: server.request("GET", "/health").status == 200, "an answer")
     if sys.platform == "linux":
-        wait_until(lambda: server.threads() <= 5, "the threads to end", 10 + kv.SPARE_SECONDS)
         wait_until(lambda: server.descriptors() <= 8, "the descriptors to be closed", 10)
 
 
@@ -1490,34 +1820,9 @@ def fuzz(server: ServerProcess, count: int, seed: int) -> None:
 
 
 class ServerTest(KVTest):
-    def burst_and_restart(self, **options: Any) -> None:
-        allow_descriptors(10_100)
-        server = self.start(f"--port={free_port()}", **options)
-        requests = [put(f"key{number}", f"value {number}") for number in range(10_000)]
-        self.assertEqual(pooled_burst(server.port, requests, 15), {"200": 10_000}, server.log)
-        server.send_signal()
-        self.assertEqual(server.exit_code(15), 0)
-        server = self.start(f"--port={server.port}")
-        client = self.client(server)
-        for number in range(10_000):
-            answer = client.request("GET", f"/kv/key{number}")
-            self.assertEqual(answer.body, f"value {number}".encode())
-
-    def test_10_000_clients_of_a_pool_at_the_same_instant(self) -> None:
-        self.burst_and_restart()
-
-    def test_10_000_clients_of_a_pool_and_256_descriptors(self) -> None:
-        self.burst_and_restart(preexec_fn=limited("NOFILE", 256))
-
-    def test_10_000_clients_that_stay(self) -> None:
-        allow_descriptors(10_100)
-        server = self.start()
-        requests = [put(f"key{number}", "value") for number in range(10_000)]
-        self.assertEqual(burst(server.port, requests, 15), {"200": 10_000}, server.log)
-
     def test_more_keep_alive_clients_than_descriptors(self) -> None:
         """Each answer says close while others wait, and so each client comes to its turn."""
-        changes = "kv.SILENT_SECONDS = 1.0"  # for those that have their last answer
+        changes = "kv.Server.IDLE_SECONDS_FULL = 1.0"  # for those that have their last answer
         server = self.start_with(changes, preexec_fn=limited("NOFILE", 256))
         loops = [Loop(put(f"{n}-{m}", "value") for m in range(20)) for n in range(400)]
         self.assertEqual(keep_alive(server.port, loops).answers, {"200": 8000})
@@ -1528,13 +1833,13 @@ class ServerTest(KVTest):
         server = self.start()
         loops = [Loop(put(f"{n}-{m}", "value") for m in range(3)) for n in range(9_000)]
         self.assertEqual(keep_alive(server.port, loops).answers, {"200": 27_000})
-        self.assertLess(server.threads(), kv.MAX_WORKERS + 5)
+        self.assertLess(server.threads(), kv.Workers.MOST + 5)
 
     @on_linux
     def test_15_000_idle_connections_are_cheap_and_do_not_delay_the_exit(self) -> None:
         allow_descriptors(20_000)
         number = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
-        server = self.start_with("kv.SPARE_SECONDS = 0.1")
+        server = self.start()
         server.request("PUT", "/kv/a", b"1")
         before = 0
         with contextlib.ExitStack() as clients:
@@ -1546,7 +1851,7 @@ class ServerTest(KVTest):
                     before = server.resident_bytes()
             self.assertGreater(server.descriptors(), number)
             each = (server.resident_bytes() - before) / (number - 1000)
-            self.assertLess(each, 3 * 1024)
+            self.assertLess(each, 3.5 * 1024)
             self.stop_at_once(server)
 
 
@@ -1554,38 +1859,16 @@ class IdleTest(KVTest):
     """Idle connections, and how requests come to a worker."""
 
     def test_a_connection_that_has_been_silent_makes_room_for_a_new_one(self) -> None:
-        """Whether it has never sent anything or has been answered."""
-        server = self.start_with("kv.SILENT_SECONDS = 1.0", preexec_fn=limited("NOFILE", 64))
-        silent = [self.client(server) for _ in range(30)]
-        clients = [self.client(server) for _ in range(50)]
-        for client in clients:
-            self.assertEqual(client.request("PUT", "/kv/a", b"x").status, 200)
+        changes = "kv.Server.IDLE_SECONDS_FULL = 1.0"
+        server = self.start_with(changes, preexec_fn=limited("NOFILE", 64))
+        silent = [self.client(server) for _ in range(60)]
+        self.assertEqual(server.request("PUT", "/kv/a", b"x").status, 200)
         # Not always the first: they are parked in another order than they have connected.
         self.assertTrue(any(sees_the_end(client.socket) for client in silent))
 
-    def test_who_has_been_silent_for_less_is_answered(self) -> None:
-        server = self.start(preexec_fn=limited("NOFILE", 64))
-        clients = [self.client(server) for _ in range(100)]
-        time.sleep(7)  # longer than a retransmission normally takes
-        for client in clients:
-            client.send(request("GET", "/health"))
-        for client in clients:
-            answer = client.receive()
-            self.assertEqual(answer.status, 200)
-            if answer.fields.get("Connection") == "close":
-                client.__exit__()
-
-    def test_a_request_that_comes_as_silent_ones_are_closed_is_answered(self) -> None:
-        """Either it is answered, or its client could see the end before."""
-        changes = "kv.SILENT_SECONDS = kv.IDLE_SECONDS = 0.5; kv.POLL_SECONDS = 0.001"
-        for limit in (64, 1024):
-            with self.start_with(changes, preexec_fn=limited("NOFILE", limit)) as server:
-                loops = [Loop((put("a", "1") for _ in range(6)), 0.45 + n / 500) for n in range(50)]
-                self.assertEqual(keep_alive(server.port, loops).answers, {"200": 300})
-
     def test_who_sends_at_the_sight_of_the_first_end_is_answered(self) -> None:
         """600 connections go idle together, and so they are closed together."""
-        server = self.start_with("kv.IDLE_SECONDS = 1.0")
+        server = self.start_with("kv.Server.IDLE_SECONDS = 1.0")
         clients = [self.client(server) for _ in range(600)]
         for client in clients:
             self.assertEqual(client.request("GET", "/health").status, 200)
@@ -1598,22 +1881,9 @@ class IdleTest(KVTest):
         self.assertGreater(len(late), 0)
         self.assertEqual([client.receive().status for client in late], [200] * len(late))
 
-    def test_an_idle_connection_is_kept_for_its_time_and_then_closed(self) -> None:
-        server = self.start_with("kv.IDLE_SECONDS = 1.5")
-        clients = [self.client(server) for _ in range(10)]
-        for client in clients:
-            client.request("GET", "/health")
-        time.sleep(1.0)
-        for client in clients[:5]:
-            self.assertEqual(client.request("GET", "/health").status, 200)
-        begin = time.monotonic()
-        self.assertTrue(all(client.is_closed() for client in clients[5:]))
-        self.assertTrue(all(client.is_closed() for client in clients))
-        self.assertGreater(time.monotonic() - begin, 1.0)
-
     def test_the_number_of_a_closed_connection_is_that_of_another(self) -> None:
         """The selector must have forgotten it."""
-        server = self.start_with("kv.IDLE_SECONDS = 0.2")
+        server = self.start_with("kv.Server.IDLE_SECONDS = 0.2")
         for _ in range(3):
             for _ in range(5):
                 with server.connect() as client:
@@ -1627,7 +1897,7 @@ class IdleTest(KVTest):
 
     def test_clients_that_pause_hold_no_worker(self) -> None:
         """Twice as many as workers: the median of who comes new is far below their pause."""
-        server = self.start_with("kv.MAX_WORKERS = 32")
+        server = self.start_with("kv.Workers.MOST = 32")
         loops = [Loop((request("GET", "/health") for _ in range(14)), 0.15) for _ in range(64)]
         seconds = []
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -1640,19 +1910,9 @@ class IdleTest(KVTest):
             self.assertEqual(others.result().answers, {"200": 64 * 14})
         self.assertLess(sorted(seconds)[len(seconds) // 2], 0.05)
 
-    def test_busy_clients_let_others_have_their_worker(self) -> None:
-        server = self.start_with("kv.MAX_WORKERS = 2")
-        loops = [Loop(itertools.repeat(request("GET", "/health"), 3000)) for _ in range(4)]
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            others = pool.submit(keep_alive, server.port, loops)
-            for _ in range(20):
-                self.assertEqual(server.request("GET", "/health").status, 200)
-            self.assertFalse(others.done())
-            self.assertEqual(others.result().answers, {"200": 12_000})
-
     def test_a_client_that_sends_ahead_lets_others_have_its_worker(self) -> None:
         """Its next request is in our buffer, where no selector finds it."""
-        server = self.start_with("kv.MAX_WORKERS = 1")
+        server = self.start_with("kv.Workers.MOST = 1")
         server.request("PUT", "/kv/a", b"x" * 1000)
         ahead = [self.client(server) for _ in range(3)]
         for client in ahead:
@@ -1661,90 +1921,28 @@ class IdleTest(KVTest):
         for client in ahead:
             self.assertEqual([client.receive().status for _ in range(300)], [200] * 300)
 
-    def test_connections_that_send_nothing_hold_no_worker(self) -> None:
-        server = self.start_with("kv.MAX_WORKERS = 2")
-        for _ in range(20):
-            self.client(server)
-        seconds = []
-        for _ in range(11):
-            begin = time.monotonic()
-            self.assertEqual(server.request("GET", "/health").status, 200)
-            seconds.append(time.monotonic() - begin)
-        self.assertLess(sorted(seconds)[5], kv.STALL_SECONDS / 10)
-
+    @on_linux
     def test_more_stalled_uploads_than_workers(self) -> None:
         """Others are served when the first is given up, and a shutdown saves in time."""
-        server = self.start_with(
-            "kv.MAX_WORKERS = 4; kv.STALL_SECONDS = 2.0; kv.LINGER_SECONDS = 0.5"
-        )
+        server = self.start_with("kv.Workers.MOST = 4; kv.STALL_SECONDS = 2.0")
         stalled = [self.client(server) for _ in range(6)]
         for client in stalled:
             client.send(put("stalled", "value")[:-1])
-        answer = server.request("PUT", "/kv/a", b"1")
-        self.assertEqual(answer.status, 200)
-        if sys.platform == "linux":
-            self.assertEqual(server.threads(), 3 + 4)  # main thread, log, acceptor; workers
+        self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
+        self.assertEqual(server.threads(), 2 + 4)  # main thread, acceptor; workers
         self.assertEqual(stalled[0].receive().status, 408)
         self.assertEqual(server.stop(), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
-
-    def test_where_the_selector_is_none_that_notices_at_once(self) -> None:
-        server = self.start_with("kv.selectors.DefaultSelector = kv.selectors.PollSelector")
-        client = self.client(server)
-        for _ in range(3):
-            self.assertEqual(client.request("GET", "/health").status, 200)
-            time.sleep(2 * kv.PAUSE_SECONDS)  # until it is parked
-        self.stop_at_once(server)
 
     @on_linux
     def test_a_parked_connection_that_is_reset_burns_no_core(self) -> None:
         server = self.start()
         with server.connect() as client:
             client.request("GET", "/health")
-            time.sleep(2 * kv.PAUSE_SECONDS)
+            time.sleep(2 * kv.TICK)
             client.reset()
         self.assert_burns_no_core(server)
         self.assertNotIn("error", server.log)
-
-    def test_a_connection_that_is_parked_in_the_drain_is_closed_by_it(self) -> None:
-        """The acceptor goes on until none is in hand, as that one may be parked next."""
-        server = self.start_with("kv.PAUSE_SECONDS = 0.4")
-        with server.connect() as client:
-            client.request("PUT", "/kv/a", b"1")  # its worker pauses, and then parks it
-            self.stop_at_once(server)
-            self.assertTrue(client.is_closed())
-
-    def test_parking_and_resuming_wait_for_the_lock(self) -> None:
-        """Or one could be closed between the two steps of being parked."""
-        with kv.Server("127.0.0.1", 0, NO_LOG, False) as server, socket.socket() as connection:
-            for action in (lambda: server._park(connection, b""), server._drop_silent):
-                thread = threading.Thread(target=action, daemon=True)
-                with server._lock:
-                    thread.start()
-                    thread.join(0.05)
-                    self.assertTrue(thread.is_alive())
-                thread.join(DEADLINE)
-                self.assertFalse(thread.is_alive())
-
-    def test_a_parked_connection_that_is_reset_before_the_last_look(self) -> None:
-        with (
-            kv.Server("127.0.0.1", 0, NO_LOG, False) as server,
-            socket.create_server(("127.0.0.1", 0)) as listener,
-        ):
-            client = Client(listener.getsockname()[1])
-            connection, _ = listener.accept()
-            server._park(connection, b"")
-            client.reset()
-            with unittest.mock.patch.object(kv, "IDLE_SECONDS", 0.0):
-                server._drop_silent()
-            self.assertEqual((connection.fileno(), server.parked), (-1, {}))
-
-    def test_what_cannot_be_parked_is_not_half_parked(self) -> None:
-        with kv.Server("127.0.0.1", 0, NO_LOG, False) as server, socket.socket() as connection:
-            with unittest.mock.patch.object(server._selector, "register", side_effect=MemoryError):
-                self.assertRaises(MemoryError, server._park, connection, b"")
-            server._close(connection)
-            self.assertEqual(server.parked, {})
 
 
 class ScarcityTest(KVTest):
@@ -1762,20 +1960,34 @@ class ScarcityTest(KVTest):
             self.assertEqual(client.request("GET", "/health").status, 200)
 
     @on_linux
-    def test_waiting_at_the_limit_burns_no_core_and_ends_with_a_save(self) -> None:
-        server = self.start(preexec_fn=limited("NOFILE", 128))
+    def test_a_full_server_burns_no_core_and_stops_with_a_save(self) -> None:
+        """The limit of the parent process, which has left 40 descriptors open."""
+        server = self.start(close_fds=False, preexec_fn=inherit_40_of_256)
         server.request("PUT", "/kv/a", b"1")
         clients = [self.client(server) for _ in range(300)]
-        most = 128 - kv.RESERVED_DESCRIPTORS - 5
+        most = 256 - kv.Server.RESERVED_DESCRIPTORS - 5
         wait_until(lambda: server.descriptors() > most, "the limit is reached")
         self.assert_burns_no_core(server)
-        self.assertEqual(server.stop(), 0)
+        self.stop_at_once(server)
         self.assertTrue(all(client.is_closed() for client in clients))
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     @on_linux
+    def test_an_exactly_full_server_stops(self) -> None:
+        """Nobody is in the backlog: then `accept` is not tried, and is not needed."""
+        server = self.start(preexec_fn=limited("NOFILE", 64))
+        listener = max(
+            int(path.name)
+            for path in Path(f"/proc/{server.process.pid}/fd").iterdir()
+            if str(path.readlink()).startswith("socket:")
+        )
+        for _ in range(64 - listener - kv.Server.RESERVED_DESCRIPTORS):
+            self.assertEqual(self.client(server).request("GET", "/health").status, 200)
+        self.stop_at_once(server)
+
+    @on_linux
     def test_running_out_of_descriptors_burns_no_core_and_ends_with_a_save(self) -> None:
-        """The same when the limit is lowered, or others have used up the descriptors."""
+        """The limit is lowered, or others have used up the descriptors."""
         server = self.start()
         server.request("PUT", "/kv/a", b"1")
         descriptors = server.descriptors()
@@ -1788,94 +2000,20 @@ class ScarcityTest(KVTest):
         self.assertEqual(server.stop(), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
-    def test_many_idle_and_dribbling_connections_do_not_delay_others(self) -> None:
-        allow_descriptors(2100)
-        server = self.start()
-        clients = [self.client(server) for _ in range(2000)]
-        for number, client in enumerate(clients[:1000]):
-            client.request("PUT", f"/kv/{number}", b"x")
-        seconds = []
-        for number in range(50):
-            for client in clients[1000 + number % 10 :: 10]:
-                client.send(b"G" if number < 10 else b"x")
-            begin = time.monotonic()
-            self.assertEqual(server.request("GET", "/health").status, 200)
-            seconds.append(time.monotonic() - begin)
-        self.assertLess(sorted(seconds)[25], 0.1)
-
     @on_linux
-    def test_a_burst_leaves_nothing_behind(self) -> None:
-        allow_descriptors(1100)
-        server = self.start_with("kv.SPARE_SECONDS = 0.5")
-        threads, descriptors = server.threads(), server.descriptors()
-        burst(server.port, [put(f"key{number}", "value") for number in range(1000)], 15)
-        wait_until(lambda: server.descriptors() == descriptors, "all descriptors closed")
-        wait_until(lambda: server.threads() <= threads + 1, "threads ended")
-
-    @on_linux
-    def test_memory_does_not_grow_with_requests_or_connections(self) -> None:
-        server = self.start()
-        load_server(server, 2_000, 100)  # what it may remember, it does by now
-        before = server.resident_bytes()
-        load_server(server, 20_000, 2_000)
-        self.assertLess(server.resident_bytes() - before, 1_500_000)
-
-    @on_linux
-    def test_an_idle_connection_does_not_keep_its_last_value(self) -> None:
+    def test_an_idle_connection_keeps_neither_its_last_value_nor_its_head(self) -> None:
         # So that memory which is not needed any more goes back to the system at once.
-        server = self.start(env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"})
+        server = self.start(env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "10000"})
         before = server.resident_bytes()
         for _ in range(20):
             self.client(server).request("PUT", "/kv/a", b"x" * 10_000_000)
-        wait_until(lambda: server.resident_bytes() - before < 30_000_000, "it is given back")
-
-    @on_linux
-    def test_an_idle_connection_does_not_keep_a_large_head(self) -> None:
-        server = self.start(env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "20000"})
-        before = server.resident_bytes()
+        wait_until(lambda: server.resident_bytes() - before < 15_000_000, "all but one are gone", 5)
+        server.request("DELETE", "/clear")
         for _ in range(300):
             client = self.client(server)
             for _ in range(2):
                 client.request("GET", "/health", None, "Cookie: " + "x" * 30_000)
-        wait_until(lambda: server.resident_bytes() - before < 300 * 20_000, "it is given back")
-
-    def test_a_client_that_hangs_up_leaves_no_trace_in_the_log(self) -> None:
-        server = self.start()
-        server.request("PUT", "/kv/a", b"x" * 5_000_000)
-        for data in (b"", b"GET", put("b", "value")[:-1], CHUNKED, request("GET", "/kv/a") * 10):
-            for reset in (False, True):
-                with server.connect() as client:
-                    client.send(data)
-                    if reset:
-                        client.reset()
-        self.assertEqual(server.stop(), 0)
-        self.assertNotRegex(server.log, "kv.py: error|Traceback")
-
-    def test_answers_to_pipelined_requests_do_not_wait_for_each_other(self) -> None:
-        """Without TCP_NODELAY the second of two waits for the client to acknowledge the first."""
-        client = self.client(self.start())
-        seconds = []
-        for _ in range(300):
-            begin = time.monotonic()
-            client.send(request("GET", "/health") * 2)
-            client.receive()
-            client.receive()
-            seconds.append(time.monotonic() - begin)
-        self.assertLess(sorted(seconds)[150], 0.02)  # it would be 0.04
-
-    @on_linux
-    def test_out_of_memory_is_answered_and_reported_and_the_others_are_served(self) -> None:
-        server = self.start()
-        server.request("PUT", "/kv/a", b"1")
-        server.limit("AS", server.address_space_bytes() + 40_000_000)
-        statuses = [
-            server.request("PUT", f"/kv/large{number}", b"x" * 10_000_000).status
-            for number in range(20)
-        ]
-        self.assertEqual(set(statuses), {200, 507})
-        server.limit("AS", resource.RLIM_INFINITY)
-        self.assertEqual(server.get("a"), "1")
-        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\) in \w+, line \d+\n$")
+        wait_until(lambda: server.resident_bytes() - before < 9_000_000, "the heads are gone", 5)
 
     @on_linux
     def test_when_no_more_threads_are_to_be_had_connections_take_turns(self) -> None:
@@ -1887,125 +2025,15 @@ class ScarcityTest(KVTest):
         self.assertLess(server.threads(), 20)
         self.assertNotIn("kv.py: error", server.log)
 
-    def test_without_memory_for_a_moment_the_next_client_is_accepted(self) -> None:
-        """Even if there is none to report it."""
-        failures = iter([MemoryError])
-        reported: list[type] = []
-
-        def report(error: BaseException) -> None:
-            reported.append(type(error))
-            raise MemoryError
-
-        class Jobs(queue.SimpleQueue[Any]):
-            def put(self, *them: Any) -> None:
-                for failure in failures:
-                    raise failure  # made now, or the error would keep the connection
-                super().put(*them)
-
-        # Python 3.9 crashes if it has to warn of the lost connection while it frees the error.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            server = kv.Server("127.0.0.1", 0, NO_LOG, False)
-            server._jobs = Jobs()
-            server.log = unittest.mock.Mock(error=report)
-            server.start(kv.Store({}))
-            with Client(server.server_address[1]) as client:
-                self.assertTrue(client.is_closed())
-            with Client(server.server_address[1]) as client:
-                self.assertEqual(client.request("GET", "/health").status, 200)
-            server.stop()
-            self.assertTrue(server.join(time.monotonic() + 5))
-        self.assertEqual(reported, [MemoryError])
-
-    def test_without_memory_even_to_report_it_a_worker_goes_on(self) -> None:
-        """The connection is closed, and another one is served by the same worker."""
-        server = kv.Server("127.0.0.1", 0, NO_LOG, False)
-        server.log = unittest.mock.Mock()
-        server.log.error.side_effect = MemoryError
-        with unittest.mock.patch.object(kv, "MAX_WORKERS", 1):
-            server.start(kv.Store({}))
-            failing = unittest.mock.patch.object(kv.Handler, "handle", side_effect=MemoryError)
-            with failing, Client(server.server_address[1]) as client:
-                self.assertTrue(client.is_closed())
-            with Client(server.server_address[1]) as client:
-                self.assertEqual(client.request("GET", "/health").status, 200)
-            server.stop()
-            self.assertTrue(server.join(time.monotonic() + DEADLINE))
-
-    def test_a_line_that_cannot_be_written_is_the_only_one_that_is_lost(self) -> None:
-        with unittest.mock.patch("os.write", side_effect=[MemoryError, OSError, 0]) as write:
-            log = kv.Log()
-            for line in ("lost", "lost", "written"):
-                log(line)
-            log.close(DEADLINE)
-        self.assertEqual(write.call_args, unittest.mock.call(2, b"kv.py: written\n"))
-
-    def test_a_log_that_nobody_reads_does_not_fill_the_memory(self) -> None:
-        is_read = threading.Event()
-        with unittest.mock.patch("os.write", side_effect=lambda *_: is_read.wait()) as write:
-            log = kv.Log()
-            for _ in range(3000):
-                log("line")
-            is_read.set()
-            log.close(DEADLINE)
-        self.assertLess(write.call_count, 1500)
-
-    def test_without_memory_even_to_report_it_the_thread_goes_on(self) -> None:
-        log = kv.Log()
-        with unittest.mock.patch("traceback.walk_tb", side_effect=MemoryError):
-            log.error(MemoryError())
-
-    @on_linux
-    def test_after_a_spell_without_memory_everybody_is_served(self) -> None:
-        """A thread may end before it runs, and a worker anywhere; none may be counted for good."""
-        server = self.start()
-        server.limit("AS", server.address_space_bytes() + 30_000_000)
-        sizes = itertools.cycle((10, 1000, 50_000, 400_000))
-        end = time.monotonic() + 2
-        while time.monotonic() < end:
-            loops = [Loop(put(f"{n}", "x" * next(sizes)) for _ in range(5)) for n in range(150)]
-            keep_alive(server.port, loops, 5)
-        server.limit("AS", resource.RLIM_INFINITY)
-        clients = [self.client(server) for _ in range(50)]
-        for client in clients:
-            client.send(request("GET", "/health"))
-        for client in clients:
-            self.assertEqual(client.receive().status, 200)
-        self.assertFalse("Traceback" in server.log)
-        self.stop_at_once(server)
-
     def test_a_mistake_in_a_request_costs_one_connection(self) -> None:
-        server = self.start_with("kv.Handler.do_health = lambda self: 1 / 0")
-        client = self.client(server)
-        client.send(request("GET", "/health"))
-        self.assertTrue(client.is_closed())
+        server = self.start_with("kv.ROUTES['/health']['GET'] = lambda *_: 1 / 0")
+        for _ in range(2):
+            client = self.client(server)
+            client.send(request("GET", "/health"))
+            self.assertTrue(client.is_closed())
         server.wait_for_log("kv.py: error: ZeroDivisionError('division by zero') in <lambda>")
         self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
         self.stop_at_once(server)
-
-    @on_linux
-    def test_a_client_that_is_gone_when_memory_is_short_is_no_mistake(self) -> None:
-        server = self.start_with(
-            "import select; kv.Handler.do_health = lambda self:"
-            " (select.select([self.connection], [], []), bytearray(1 << 62))"
-        )
-        client = server.connect()
-        client.send(request("GET", "/health"))
-        wait_until_read(server, client)
-        client.reset()
-        self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
-        self.stop_at_once(server)
-        self.assertNotIn("error", server.log)
-
-    def test_threads_that_end_before_they_run_are_replaced(self) -> None:
-        server = self.start_with(
-            "work, dying = kv.Server._work, [1, 1, 1];"
-            " kv.Server._work = lambda self: dying.pop() / 0 if dying else work(self)"
-        )
-        self.assertEqual(server.request("GET", "/health").status, 200)
-        self.assertIn("kv.py: error: ZeroDivisionError", server.log)
-        self.assertEqual(server.stop(), 0)
-        self.assertNotIn("Traceback", server.log)
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
     def test_stays_on_one_core(self) -> None:
@@ -2016,174 +2044,89 @@ class ScarcityTest(KVTest):
         cores = os.sched_getaffinity(0)
         self.assertEqual(os.sched_getaffinity(server.process.pid), cores)
 
-    def test_joining_tells_whether_the_acceptor_has_ended(self) -> None:
-        with kv.Server("127.0.0.1", 0, NO_LOG, False) as server:
-            over = threading.Event()
-            server._acceptor = threading.Thread(target=over.wait, daemon=True)
-            server._acceptor.start()
-            self.assertFalse(server.join(time.monotonic()))
-            over.set()
-
-    def test_the_start_does_not_ask_the_name_service(self) -> None:
-        """Which can take seconds to say that it does not know."""
-        with unittest.mock.patch("socket.getfqdn", side_effect=AssertionError):
-            kv.Server("127.0.0.1", 0, NO_LOG, False).server_close()
-
     @on_linux
-    def test_who_reads_too_slowly_is_given_up(self) -> None:
-        """At 100 bytes/s, its kernel makes no room for more within a second."""
+    def test_who_does_not_read_is_given_up_and_who_reads_slowly_gets_the_whole_value(self) -> None:
         server = self.start_with("kv.STALL_SECONDS = 1.0")
-        before = server.descriptors()
-        server.request("PUT", "/kv/a", b"x" * 10_000_000)
-        wait_until(lambda: server.descriptors() == before, "that connection is closed")
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-            client.connect(("127.0.0.1", server.port))
-            client.send(request("GET", "/kv/a") * 2)
-            wait_until(lambda: server.descriptors() > before, "it is accepted")
-            end = time.monotonic() + DEADLINE
-            while server.descriptors() > before:
-                client.recv(10)
-                time.sleep(0.1)
-                self.assertLess(time.monotonic(), end)
-
-    @on_linux
-    def test_a_steady_reader_is_given_up_only_if_it_is_too_slow_on_average(self) -> None:
-        server = self.start_with("kv.STALL_SECONDS = 1.0; kv.BYTES_PER_SECOND = 1_000_000")
-        server.request("PUT", "/kv/a", b"x" * 10_000_000)
-        before = server.descriptors()
-        with socket.socket() as fast, socket.socket() as slow:
-            received = {fast: 0, slow: 0}
-            for client in received:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
-                client.connect(("127.0.0.1", server.port))
-                client.send(request("GET", "/kv/a", None, "Connection: close"))
-            begin = time.monotonic()
-            while server.descriptors() > before or received[fast] < 10_000_000:
-                time.sleep(0.01)
-                seconds = time.monotonic() - begin
-                self.assertLess(seconds, 20)
-                for client, rate in ((fast, 2_000_000), (slow, 400_000)):
-                    if received[client] < rate * seconds:
-                        received[client] += len(client.recv(100_000))
-            while data := slow.recv(1_000_000):
-                received[slow] += len(data)
-            self.assertLess(received[slow], 10_000_000)
-
-    def test_slow_readers_get_the_whole_value(self) -> None:
-        server = self.start()
         value = b"0123456789" * 1_000_000
-        client = self.client(server)
-        client.request("PUT", "/kv/a", value)
-        client.send(request("GET", "/kv/a") * 3)  # more than fits into the sockets' buffers
+        slow = self.client(server)
+        slow.request("PUT", "/kv/a", value)
+        before = server.descriptors()
+        with server.connect() as client:
+            client.send(request("GET", "/kv/a") * 3)  # more than fits into the sockets' buffers
+            slow.send(request("GET", "/kv/a") * 3)
+            wait_until(lambda: server.descriptors() > before, "it is accepted")
+            while server.descriptors() > before:
+                self.assertEqual(slow.file.read(100_000)[-1:] != b"", True)
+                time.sleep(0.02)
         self.assertEqual(server.get("a"), value.decode())
-        for _ in range(3):
-            self.assertEqual(client.receive().body, value)
 
 
-# ---- Process: the shutdown ----
+def inherit_40_of_256() -> None:
+    """For preexec_fn."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    for number in (*range(3, 23), *range(230, 250)):
+        os.dup2(0, number)
 
 
-FSYNC_SHIM = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <stdlib.h>
-#include <sys/stat.h>
-#include <unistd.h>
-int fsync(int descriptor) {
-    struct stat status;
-    char number[8] = "";
-    fstat(descriptor, &status);
-    int file = open(getenv(S_ISDIR(status.st_mode) ? "FAIL_DIRECTORY" : "FAIL_FILE"), O_RDONLY);
-    if (file >= 0 && read(file, number, 7) > 0) {
-        close(file);
-        errno = atoi(number);
-        return -1;
-    }
-    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(descriptor);
-}
+# ---- The shutdown ----
+
+
+# Has fsync fail, of files or of directories, as soon as a file says so and with which number.
+FSYNC = """
+import os, pathlib, stat, kv
+def fsync(descriptor, real=os.fsync):
+    what = "directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+    number = pathlib.Path("%s", "fail-" + what)
+    if number.exists():
+        raise OSError(int(number.read_text()), os.strerror(int(number.read_text())))
+    real(descriptor)
+os.fsync = fsync
+kv.main()
 """
 
 
-class FsyncShim:
-    """Has a process's fsync fail, of files or of directories, from the moment that `fail` says."""
-
-    def __init__(self, top: Path) -> None:
-        (top / "shim.c").write_text(FSYNC_SHIM)
-        command = f"cc -shared -fPIC -o '{top}/shim.so' '{top}/shim.c' -ldl"
-        subprocess.run(command, shell=True, check=True)
-        self.top = top
-        self.env = {
-            **os.environ,
-            "LD_PRELOAD": str(top / "shim.so"),
-            "FAIL_FILE": str(top / "fail-file"),
-            "FAIL_DIRECTORY": str(top / "fail-directory"),
-        }
-
-    def fail(self, what: str, number: int) -> None:
-        (self.top / f"fail-{what}").write_text(str(number))
+# Those that end a process that does not ask for them, less those of a crash.
+STOPS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2", "SIGVTALRM", "SIGPROF", "SIGXCPU"]
+STOPS += ["SIGPWR", "SIGIO", "SIGSTKFLT"] if sys.platform == "linux" else []
+# Those that the system or Python ignores.
+NO_STOPS = ["SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGPIPE", "SIGXFSZ"]
 
 
-needs_compiler = unittest.skipUnless(
-    shutil.which("cc") and sys.platform == "linux", "builds a library that is preloaded"
-)
+def treating(how: signal.Handlers, names: list[str]) -> Callable[[], None]:
+    """For preexec_fn: ignore signals as nohup does, or do not, even if the tests do."""
+
+    def treat() -> None:
+        for name in names:
+            signal.signal(signal.Signals[name], how)
+
+    return treat
+
+
+ignoring_none = treating(signal.SIG_DFL, STOPS)
 
 
 class ShutdownTest(KVTest):
-    def test_each_signal_saves(self) -> None:
-        names = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGXCPU"]
-        names += ["SIGPWR"] if sys.platform == "linux" else []
-        for name in names:
-            with self.start(preexec_fn=not_under_nohup) as server:
-                server.request("PUT", f"/kv/{name}", b"value")
-                self.assertEqual(server.stop(signal.Signals[name]), 0)
-                self.assertIn(name, server.log)
-                self.assertRegex(server.log, r"saved \d pairs? in \d+\.\d\d s")
-        self.assertEqual(set(self.read_snapshot()), set(names))
+    def test_each_signal_that_would_end_the_process_saves(self) -> None:
+        numbers = {name: int(signal.Signals[name]) for name in STOPS}
+        if sys.platform == "linux":
+            numbers[f"signal {signal.SIGRTMIN + 3}"] = signal.SIGRTMIN + 3
+        for name, number in numbers.items():
+            with self.subTest(name), self.start(preexec_fn=ignoring_none) as server:
+                server.request("PUT", f"/kv/{number}", b"value")
+                self.assertEqual(server.stop(number), 0)
+                self.assertIn(f"\nkv.py: {name}\nkv.py: draining: ", server.log)
+                self.assertRegex(server.log, r"\nkv\.py: saved \d+ pairs? in \d+\.\d\d s\n$")
+        self.assertEqual(set(self.read_snapshot()), {str(number) for number in numbers.values()})
 
-    @on_linux
-    def test_a_limit_of_cpu_time_saves(self) -> None:
-        """`ulimit -t` sets the hard limit, too, at which a process is killed."""
-        server = self.start(preexec_fn=limited("CPU", 2))
-        client = self.client(server)
-        with contextlib.suppress(ConnectionError):
-            while server.process.poll() is None:
-                client.request("PUT", "/kv/a", b"1")
-        self.assertEqual(server.exit_code(), 0)
-        self.assertIn("SIGXCPU", server.log)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
-
-    def test_another_signal_does_not_end_the_waiting(self) -> None:
-        """Systemd and a terminal that is closed send SIGHUP right behind SIGTERM, or before.
-
-        The kernel sends SIGXCPU each second.
-        """
-        term, hup, xcpu = signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU
-        for numbers in ((term, hup), (hup, term), (xcpu, xcpu)):
-            for together in (True, False):
-                with self.start(preexec_fn=not_under_nohup) as server:
-                    client = self.begin_upload(server, "a")
-                    if together:  # they are pending when the server goes on
-                        server.send_signal(signal.SIGSTOP)
-                    server.send_signal(numbers[0])
-                    if not together:
-                        server.wait_for_log("draining")
-                    server.send_signal(numbers[1])
-                    server.send_signal(signal.SIGCONT)
-                    time.sleep(1.5)  # longer than a second signal takes to be noticed
-                    client.send(b"e")
-                    self.assertEqual(client.receive().status, 200)
-                    self.assertEqual(server.exit_code(), 0)
-                    self.assertIn("0 given up", server.log)
-
-    def test_nohup_is_respected(self) -> None:
-        server = self.start(command=["nohup", sys.executable, str(HERE / "kv.py")])
-        server.send_signal(signal.SIGHUP)
+    def test_other_signals_do_nothing_and_sigterm_always_stops(self) -> None:
+        """Also a signal that was ignored at the start, but SIGTERM."""
+        ignored = ["SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR2"]
+        server = self.start(preexec_fn=treating(signal.SIG_IGN, [*ignored, "SIGTERM"]))
+        for name in ignored + NO_STOPS:
+            server.send_signal(signal.Signals[name])
         self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
         self.assertEqual(server.stop(), 0)
-        self.assertNotIn("SIGHUP", server.log)
+        self.assertRegex(server.log, r"process \d+\nkv\.py: SIGTERM\n")
 
     def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
         server = self.start()
@@ -2197,15 +2140,26 @@ class ShutdownTest(KVTest):
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     def test_a_second_signal_ends_the_waiting(self) -> None:
-        server = self.start()
-        self.begin_upload(server, "stalled")
-        server.request("PUT", "/kv/a", b"1")
+        """Not in the first second, and not SIGHUP, which systemd may send behind SIGTERM."""
+        server = self.start(preexec_fn=ignoring_none)
+        first, second = self.begin_upload(server, "a"), self.begin_upload(server, "b")
+        third = self.begin_upload(server, "c")
         server.send_signal()
-        server.wait_for_log("draining")
+        server.wait_for_log("draining: 3 connections, 3 of them in flight\n")
+        server.send_signal()
+        first.send(b"e")
+        self.assertEqual(first.receive().status, 200)
+        waiting = "waiting for 2 connections, 11 s at most; SIGTERM or Ctrl-C ends that\n"
+        server.wait_for_log(waiting)
+        server.send_signal(signal.SIGHUP)
+        server.wait_for_log("saved 1 pair")
+        second.send(b"e")
+        self.assertEqual(second.receive().status, 200)
         server.send_signal()
         self.assertEqual(server.exit_code(), 0)
-        self.assertRegex(server.log, r"drained in \d\.\d\d s, 1 given up")
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
+        self.assertTrue(third.is_closed())
+        self.assertRegex(server.log, r"drained in [1-3]\.\d\d s, 1 given up\n")
+        self.assertEqual(self.read_snapshot(), {"a": "value", "b": "value"})
 
     @on_linux
     def test_stalled_clients_on_a_full_disk_still_end_in_a_save(self) -> None:
@@ -2226,12 +2180,13 @@ class ShutdownTest(KVTest):
 
         server.limit("FSIZE", 1000)
         server.send_signal()
-        server.wait_for_log("4 given up\nkv.py: cannot save: File too large")
+        server.wait_for_log("4 given up\nkv.py: cannot save: [Errno 27] File too large")
 
         # A second is left for the next lines, until the last try to save.
         late.send(b"e" + put("later", "value"))
         answer = late.receive()
-        self.assertEqual((answer.status, answer.fields["Connection"]), (503, "close"))
+        self.assertEqual((answer.status, answer.body), (503, b"shutting down\n"))
+        self.assertEqual(answer.fields["Connection"], "close")
         server.limit("FSIZE", resource.RLIM_INFINITY)
         self.assertEqual(server.exit_code(), 0)
         self.assertEqual(set(self.read_snapshot()), {"a", "large"})
@@ -2239,179 +2194,95 @@ class ShutdownTest(KVTest):
 
     def test_a_signal_during_the_start_never_costs_the_snapshot(self) -> None:
         self.write_snapshot({f"key{number}": "value" * 20 for number in range(100_000)})
-        before = self.snapshot.read_bytes()
+        before = kv.read_pairs(str(self.snapshot))
         chance = random.Random(1)
-        for _ in range(20):
-            server = self.start(ready=False, preexec_fn=not_under_nohup)
+        for _ in range(12):
+            server = self.start(ready=False, preexec_fn=ignoring_none)
             time.sleep(chance.uniform(0, 0.4))  # the moment is left to chance
             number = chance.choice([signal.SIGTERM, signal.SIGHUP])
             server.send_signal(number)
             self.assertIn(server.exit_code(), (0, -number))
             self.assertNotIn("Traceback", server.log)
-            self.assertEqual(self.snapshot.read_bytes(), before)
-
-    def test_without_changes_nothing_is_written(self) -> None:
-        self.write_snapshot({"a": "1"})
-        before = self.snapshot.stat()
-        server = self.start()
-        self.assertEqual(server.get("a"), "1")
-        self.assertEqual(server.stop(), 0)
-        after = self.snapshot.stat()
-        self.assertEqual((after.st_ino, after.st_mtime_ns), (before.st_ino, before.st_mtime_ns))
+            self.assertEqual(self.read_snapshot(), before)
 
     def test_shutdowns_under_load_lose_nothing(self) -> None:
-        report = shutdowns_under_load(self.directory, cycles=8, seed=1)
-        self.assertEqual(report.lost, [])
-        self.assertGreater(report.acknowledged, 0)
+        self.assertGreater(shutdowns_under_load(self.directory, cycles=6, seed=1), 1000)
+
+    def test_whatever_happens_in_the_drain_there_is_a_last_save(self) -> None:
+        for mistake in ("Server.stop", "Server.join", "Server._close_idle"):
+            changes = f"kv.{mistake} = lambda *_: 1 / 0"
+            with self.start_with(changes, "--graceful-timeout=1") as server:
+                with server.connect() as client:
+                    client.request("PUT", f"/kv/{mistake}", b"1")
+                    time.sleep(2 * kv.TICK)  # until it is parked
+                    self.assertEqual(server.stop(), 0)
+                self.assertIn(mistake, self.read_snapshot())
+                self.assertIn("error: ZeroDivisionError", server.log)
+
+    def test_the_graceful_timeout(self) -> None:
+        server = self.start("--graceful-timeout=2")
+        self.begin_upload(server, "stalled")
+        server.request("PUT", "/kv/a", b"1")
+        self.assertEqual(server.stop(), 0)
+        self.assertRegex(server.log, r"saved 1 pair in .*\n.*drained in 1\.\d\d s, 1 given up")
 
 
 class DrainTest(KVTest):
     """What becomes of the connections when the server stops."""
 
-    def test_idle_connections_do_not_delay_the_exit(self) -> None:
-        allow_descriptors(1100)
-        server = self.start()
-        clients = [self.client(server) for _ in range(1000)]
-        for client in clients[:500]:  # the others have never sent anything
-            client.request("PUT", "/kv/a", b"1")
-        self.stop_at_once(server)
-        self.assertTrue(all(client.is_closed() for client in clients))
-
-    @on_linux
-    def test_an_empty_line_behind_a_body_leaves_the_connection_idle(self) -> None:
-        server = self.start()
-        for with_the_body, later in ((b"\r\n", b""), (b"", b"\r\n"), (b"\r", b"\n"), (b"", b"\r")):
-            client = self.client(server)
-            client.send(put("a", "1") + with_the_body)
-            self.assertEqual(client.receive().status, 200)
-            client.send(later)
-            wait_until_read(server, client)
-        self.stop_at_once(server)
-
-    def test_everything_on_the_wire_is_answered_and_saved(self) -> None:
-        """Stopped, the server accepts nothing: 200 connections are in the listen queue."""
-        server = self.start()
-        server.send_signal(signal.SIGSTOP)
-        clients = [self.client(server) for _ in range(200)]
-        for number, client in enumerate(clients):
-            client.send(put(f"{number}a", "1") + put(f"{number}b", "2"))
-        server.send_signal()
-        server.send_signal(signal.SIGCONT)
-        for client in clients:
-            first, second = client.receive(), client.receive()
-            self.assertEqual((first.status, second.status), (200, 200))
-            # Not on the first, behind which there is one more, even when the drain has begun.
-            self.assertEqual(first.fields.get("Connection"), None)
-            self.assertTrue(client.is_closed())
-        self.assertEqual(server.exit_code(), 0)
-        self.assertEqual(len(self.read_snapshot()), 400)
-        self.assertRaises(ConnectionRefusedError, server.connect)
-
     @on_linux
     def test_a_listen_queue_that_is_never_empty_does_not_delay_the_exit(self) -> None:
         """There are few connections for clients that come faster than they are answered."""
-        for _ in range(3):
-            server = self.start(preexec_fn=limited("NOFILE", 40))
-            server.request("PUT", "/kv/a", b"1")
-            clients = multiprocessing.get_context("fork").Process(
-                target=connect_until_refused, args=[server.port], daemon=True
-            )
-            clients.start()
-            self.addCleanup(clients.join)
-            self.addCleanup(clients.kill)
-            wait_until(functools.partial(is_queue_long, server.port), "clients are waiting")
-            self.stop_at_once(server)
-
-    def test_busy_clients_are_all_answered(self) -> None:
-        """A third of them without a pause, the others with one of up to 4 or 60 ms."""
-        chance = random.Random(1)
-        for number in (64, 200) * 10:
-            server = self.start("--port=0")
-            loops = [
-                Loop(endless_puts(client), chance.random() * (0, 0.004, 0.06)[client % 3])
-                for client in range(number)
-            ]
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                running = pool.submit(keep_alive, server.port, loops)
-                time.sleep(chance.uniform(0.1, 0.3))  # the moment is left to chance
-                server.send_signal()
-                self.assertEqual(server.exit_code(), 0)
-                outcome = running.result()
-            self.assertEqual(set(outcome.answers), {"200"}, server.log)
-            self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
-            stored = {}
-            for sent in outcome.acknowledged:
-                head, _, value = sent.partition(b"\r\n\r\n")
-                stored[head.split()[1].decode()[len("/kv/") :]] = value.decode()
-            self.assertEqual(self.read_snapshot(), stored)
-            server.__exit__()
-            self.snapshot.unlink()
-
-    def test_a_slow_upload_finishes_and_is_saved(self) -> None:
-        server = self.start()
-        client = self.begin_upload(server, "slow")
-        server.send_signal()
-        server.wait_for_log("draining: 1 connection in flight")
-        wait_until(lambda: not listens(server.port), "new connections are refused")
-        client.send(b"e")
-        answer = client.receive()
-        self.assertEqual((answer.status, answer.fields["Connection"]), (200, "close"))
-        self.assertEqual(server.exit_code(), 0)
-        self.assertEqual(self.read_snapshot(), {"slow": "value"})
-
-    def test_a_refused_client_that_stays_does_not_delay_the_exit(self) -> None:
-        server = self.start_with("kv.LINGER_SECONDS = 60.0")
-        client = self.client(server)
-        # Two in a packet: after the first answer, the server has begun with the second.
-        client.send(request("GET", "/health") + request("GET", "/other", b"value")[:-1])
-        client.receive()
-        late = self.begin_upload(server, "late")
-        server.send_signal()
-        server.wait_for_log("draining: 2 connections in flight")
-        client.send(b"e")
-        late.send(b"e")
-        self.assertEqual(client.receive().status, 404)
-        self.assertEqual(server.exit_code(), 0)
-        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
-        self.assertTrue(client.is_closed())
-
-    def test_a_client_that_could_go_on_sending_does_not_delay_the_exit(self) -> None:
-        """It has its answer, so it is not in flight any more."""
-        server = self.start_with("kv.LINGER_SECONDS = 60.0")
-        client = self.client(server)
-        client.send(request("PUT", "/kv/a", None, "Content-Length: 99999999"))
-        self.assertEqual(client.receive().status, 413)
+        server = self.start(preexec_fn=limited("NOFILE", 40))
+        server.request("PUT", "/kv/a", b"1")
+        clients = multiprocessing.get_context("fork").Process(
+            target=connect_until_refused, args=[server.port], daemon=True
+        )
+        clients.start()
+        self.addCleanup(clients.join)
+        self.addCleanup(clients.kill)
+        wait_until(lambda: receive_queue(server.port) > 20, "clients are waiting")
         self.stop_at_once(server)
 
-    @on_linux
-    def test_an_empty_line_behind_the_last_request_is_not_one_more(self) -> None:
+    def test_clients_that_stay_after_their_last_answer_do_not_delay_the_exit(self) -> None:
+        """One could go on sending, the other was refused while the server stopped."""
         server = self.start()
-        client = self.client(server)
-        client.send(GET + HOST)
-        wait_until_read(server, client)
+        sending = self.client(server)
+        sending.send(request("PUT", "/kv/a", None, "Content-Length: 99999999"))
+        self.assertEqual(sending.receive().status, 413)
+        refused = self.client(server)
+        refused.send(request("GET", "/health") + request("GET", "/other", b"value")[:-1])
+        refused.receive()
         server.send_signal()
-        wait_until(lambda: not listens(server.port), "new connections are refused")
-        client.send(END + END)
-        answer = client.receive()
-        self.assertEqual((answer.status, answer.fields.get("Connection")), (200, "close"))
-        self.assertEqual(server.exit_code(), 0)
+        server.wait_for_log("draining: ")
+        refused.send(b"e")
+        self.assertEqual(refused.receive().status, 404)
+        self.stop_at_once(server)
+        self.assertTrue(refused.is_closed())
 
-    def test_who_sends_one_more_request_is_answered(self) -> None:
-        """Also if it is not in our buffer yet, but has arrived."""
+    @on_linux
+    def test_what_came_with_a_request_is_served_before_the_close(self) -> None:
+        """But an empty line is not one more request."""
         server = self.start()
-        client = self.begin_upload(server, "a")
+        one, two = self.client(server), self.client(server)
+        for client in (one, two):
+            client.send(GET + HOST)
+            wait_until_read(server, client)
         server.send_signal()
         wait_until(lambda: not listens(server.port), "new connections are refused")
-        client.send(b"e" + request("GET", "/kv/a"))
-        answers = [client.receive() for _ in range(2)]
+        one.send(END + END)
+        two.send(END + put("a", "1"))
+        self.assertEqual(one.receive().fields["Connection"], "close")
+        answers = [two.receive() for _ in range(2)]
         self.assertEqual([answer.status for answer in answers], [200, 200])
         self.assertEqual([answer.fields.get("Connection") for answer in answers], [None, "close"])
-        self.assertEqual(client.file.read(), b"")
         self.assertEqual(server.exit_code(), 0)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     def test_the_backlog_is_served_also_when_there_are_no_descriptors(self) -> None:
+        """And a full server goes on saying close."""
         server = self.start(preexec_fn=limited("NOFILE", 40))
-        idle = [self.client(server) for _ in range(40 - 5 - kv.RESERVED_DESCRIPTORS)]
+        idle = [self.client(server) for _ in range(40 - 5 - kv.Server.RESERVED_DESCRIPTORS)]
         for client in idle:
             client.request("GET", "/health")
         waiting = [self.client(server) for _ in range(60)]  # which stay when they are answered
@@ -2419,28 +2290,15 @@ class DrainTest(KVTest):
             client.send(put(f"{number}", "value"))
         time.sleep(0.5)  # until all are idle
         server.send_signal()
-        self.assertEqual([client.receive().status for client in waiting], [200] * len(waiting))
-        self.assertEqual(server.exit_code(), 0)
-        self.assertRegex(server.log, r"drained in \d\.\d\d s, 0 given up")
+        answers = [client.receive() for client in waiting]
+        self.assertEqual([answer.status for answer in answers], [200] * len(waiting))
+        self.assertEqual({answer.fields["Connection"] for answer in answers}, {"close"})
+        self.stop_at_once(server)
         self.assertEqual(len(self.read_snapshot()), len(waiting))
 
 
 class LastSaveTest(KVTest):
     """It depends on nothing that clients or the system can take away."""
-
-    @on_linux
-    def test_clients_have_used_up_the_descriptors(self) -> None:
-        """Of which the parent process has left 40 open."""
-        server = self.start("--graceful-timeout=2", close_fds=False, preexec_fn=inherit_40_of_256)
-        server.request("PUT", "/kv/a", b"1")
-        clients = [self.client(server) for _ in range(276)]
-        for client in clients:
-            client.send(put("half", "value")[:-1])
-        most = 256 - kv.RESERVED_DESCRIPTORS - 5
-        wait_until(lambda: server.descriptors() > most, "the limit is reached")
-        self.assertEqual(server.stop(), 0)
-        self.assertNotIn("cannot save", server.log)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     @on_linux
     def test_clients_have_used_up_the_memory(self) -> None:
@@ -2451,320 +2309,87 @@ class LastSaveTest(KVTest):
         server = self.start(env={**os.environ, "MALLOC_ARENA_MAX": "1"})
         server.limit("AS", server.address_space_bytes() + 20_000_000)
         for size in (1_000_000, 100_000, 10_000, 1_000, 100, 10):
-            with server.connect() as client:
+            with contextlib.suppress(OSError), server.connect() as client:
                 for number in itertools.count():
                     key, value = f"{size}-{number}", "x" * size
-                    status = client.request("PUT", f"/kv/{key}", value.encode()).status
-                    if status != 200:
-                        break
+                    client.send(put(key, value))
+                    self.assertEqual(client.receive().status, 200)
                     stored[key] = value
-                self.assertEqual(status, 507)
-        self.assertEqual(server.stop(), 0)
-        self.assertEqual(self.read_snapshot(), stored)
+        self.assertEqual(server.stop(), 0, server.log)
+        saved = self.read_snapshot()
+        # One may have been stored without an answer, for which there was no memory.
+        self.assertEqual({key: saved.get(key) for key in stored}, stored)
 
-    def test_a_file_system_that_shares_no_map(self) -> None:
+    def test_a_file_system_that_was_mounted_anew_under_the_same_path(self) -> None:
         (self.top / "source").mkdir()
-        self.mount("bindfs", "-o", "direct_io", str(self.top / "source"), str(self.directory))
-        for expected in (None, "1"):
-            with self.start() as server:
-                self.assertEqual(server.get("a"), expected)
-                server.request("PUT", "/kv/a", b"1")
-                self.assertEqual(server.stop(), 0)
+        bindfs = ["bindfs", str(self.top / "source"), str(self.directory)]
+        self.mount(*bindfs)
+        server = self.start()
+        server.request("PUT", "/kv/a", b"1")
+        subprocess.run(["umount", "-l", str(self.directory)], check=True)
+        self.mount(*bindfs)
+        self.assertEqual(server.stop(), 0, server.log)
+        self.assertEqual(kv.read_pairs(str(self.top / "source" / SNAPSHOT)), {"a": "1"})
 
-    @needs_compiler
     def test_a_file_system_that_cannot_sync_a_directory(self) -> None:
         for number in (errno.EINVAL, errno.ENOTSUP):
-            shim = FsyncShim(self.top)
-            shim.fail("directory", number)
-            with self.start(env=shim.env) as server:
+            (self.top / "fail-directory").write_text(str(number))
+            with self.start(command=self.failing_fsync(), cwd=HERE) as server:
                 server.request("PUT", "/kv/a", b"1")
                 self.assertEqual(server.stop(), 0)
                 self.assertNotIn("cannot save", server.log)
 
-    def test_inherited_descriptors_with_high_numbers(self) -> None:
-        allow_descriptors(2000)
-
-        def inherit() -> None:
-            for number in range(3, 1040):
-                os.dup2(0, number)
-
-        server = self.start(close_fds=False, preexec_fn=inherit)
-        client = self.client(server)
-        self.assertEqual(client.request("PUT", "/kv/a", b"1").status, 200)
-        self.stop_at_once(server)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
-
-    def test_a_terminal_that_stops_who_writes_in_the_background(self) -> None:
-        reader, terminal = os.openpty()
-        kv_py = [sys.executable, str(HERE / "kv.py"), "--port=0", f"--working-dir={self.directory}"]
-        shell = subprocess.Popen(
-            ["sh", "-c", 'stty tostop; set -m; "$@" & wait $!', "sh", *kv_py],
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(terminal)
-        self.addCleanup(os.close, reader)
-        self.addCleanup(shell.wait)
-        self.addCleanup(shell.kill)
-        ready, _, _ = select.select([reader], [], [], DEADLINE)
-        self.assertTrue(ready, "stopped at its first line")
-        match = re.search(rb"listening on http://127\.0\.0\.1:(\d+)", os.read(reader, 1000))
-        assert match
-        with Client(int(match[1])) as client:
-            client.request("PUT", "/kv/a", b"1")
-        (child,) = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGTERM)
-        self.assertEqual(shell.wait(DEADLINE), 0)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
-
-    def test_something_else_in_the_place_of_ours(self) -> None:
-        """Everything is to be found under the path that was given, also what was saved before."""
-        moved, older = self.top / "moved", self.top / "older"
-        older.mkdir()
-        kv.write_pairs(str(older / SNAPSHOT), {"a": "0"})
-
-        def move(replacement: Path | None = None) -> None:
-            self.directory.rename(moved)
-            if replacement:
-                shutil.copytree(replacement, self.directory)
-
-        changes: dict[str, Callable[[], object]] = {
-            "no directory": lambda: shutil.rmtree(self.directory),
-            "a new directory": move,
-            "an older directory": lambda: move(older),
-            "no file": lambda: self.snapshot.unlink(missing_ok=True),
-            "an older file": lambda: shutil.copy(older / SNAPSHOT, self.snapshot),
-            "an empty file": lambda: self.snapshot.write_text(""),
-        }
-        for what, saved in itertools.product(changes, (False, True)):
-            with self.subTest(what, saved=saved), self.start() as server:
-                server.request("PUT", "/kv/a", b"1")
-                if saved:
-                    server.send_signal(signal.SIGUSR1)
-                    server.wait_for_log("saved")
-                changes[what]()
-                self.directory.mkdir(exist_ok=True)
-                self.assertEqual(server.stop(), 0)
-                self.assertEqual(self.read_snapshot(), {"a": "1"})
-            shutil.rmtree(self.directory)
-            shutil.rmtree(moved, ignore_errors=True)
-
-    def test_a_directory_in_its_place_that_another_server_uses(self) -> None:
+    def test_another_directory_in_the_place_of_ours(self) -> None:
+        """Everything is to be found under the path that was given."""
         server = self.start()
         server.request("PUT", "/kv/a", b"1")
         self.directory.rename(self.top / "moved")
-        other = self.start()
-        other.request("PUT", "/kv/b", b"2")
-        server.send_signal()
-        server.wait_for_log("cannot save: in use by another kv.py")
-        server.send_signal()
-        self.assertEqual(server.exit_code(), 1)
-        self.assertEqual(other.stop(), 0)
-        self.assertEqual(self.read_snapshot(), {"b": "2"})
-
-    def test_whatever_happens_in_the_drain_there_is_a_last_save(self) -> None:
-        for mistake in ("Server.stop", "Server.join", "Server._drop_silent"):
-            with self.start_with(f"kv.{mistake} = lambda *_: 1 / 0") as server:
-                with server.connect() as client:
-                    client.request("PUT", f"/kv/{mistake}", b"1")
-                    time.sleep(2 * kv.PAUSE_SECONDS)  # until it is parked
-                    server.send_signal()
-                    server.wait_for_log("drain")
-                    server.send_signal()
-                    self.assertEqual(server.exit_code(), 0)
-                self.assertIn(mistake, self.read_snapshot())
+        self.directory.mkdir()
+        self.assertEqual(server.stop(), 0)
+        self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     def test_the_temporary_file_cannot_be_replaced(self) -> None:
+        """What would make a save fail is found at the start."""
         temporary = self.directory / "kv.pickle.tmp"
         temporary.mkdir(parents=True)
         self.assert_refuses_to_start(f"'{temporary}'")
-
-    def test_the_graceful_timeout(self) -> None:
-        server = self.start("--graceful-timeout=2")
-        self.begin_upload(server, "stalled")
-        server.request("PUT", "/kv/a", b"1")
-        self.assertEqual(server.stop(), 0)
-        self.assertRegex(server.log, r"saved 1 pair in .*\n.*drained in [01]\.\d\d s, 1 given up")
-        for wrong in ("0", "-1", "1.5", "x", ""):
-            argument = f"--graceful-timeout={wrong}"
-            self.assert_refuses_to_start("--graceful-timeout", argument, code=2)
-
-
-def inherit_40_of_256() -> None:
-    """For preexec_fn."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    for number in (*range(3, 23), *range(230, 250)):
-        os.dup2(0, number)
 
 
 class SaveTest(KVTest):
     """A save without a stop."""
 
-    def begin_a_save(self, server: ServerProcess) -> None:
-        """Send the signal, and wait until the server has taken it."""
-        server.send_signal(signal.SIGUSR1)
-        wait_until(lambda: not has_signal(server, "ShdPnd", signal.SIGUSR1), "it has begun")
-
-    def test_a_signal_saves_what_has_changed(self) -> None:
+    def test_a_signal_saves_whether_anything_has_changed_or_not(self) -> None:
         server = self.start()
-        client = self.client(server)
-        for value in ("1", "2"):
-            client.request("PUT", f"/kv/{value}", value.encode())
+        server.request("PUT", "/kv/a", b"1")
+        for _ in range(2):
             server.send_signal(signal.SIGUSR1)
-            server.wait_for_log(f"saved {value} pair")
-        self.assertEqual(self.read_snapshot(), {"1": "1", "2": "2"})
-        before = self.snapshot.stat().st_ino
-        self.begin_a_save(server)
-        self.assertEqual(client.request("GET", "/kv/2").body, b"2")
-        self.assertEqual(server.stop(), 0)
-        self.assertEqual(server.log.count("saved"), 2)
-        self.assertEqual(self.snapshot.stat().st_ino, before)
+            wait_until(self.snapshot.exists, "it is saved")
+            self.assertEqual(self.read_snapshot(), {"a": "1"})
+            self.snapshot.unlink()
+        self.assertEqual(server.get("a"), "1")
 
-    def test_by_itself_every_so_often(self) -> None:
+    def test_by_itself_every_so_often_if_anything_has_changed(self) -> None:
         server = self.start("--save-every=1")
-        for number in range(1, 3):
+        for number in range(1, 4):
             server.request("PUT", f"/kv/{number}", b"x")
             server.wait_for_log(f"saved {number} pair")
+        server.request("DELETE", "/kv/3")
+        wait_until(lambda: server.log.count("saved 2 pairs") == 2, "a save without it")
+        time.sleep(1.2)  # one more period, in which nothing changes
+        self.assertEqual(server.log.count("saved"), 4)
         server.send_signal(signal.SIGKILL)
         server.exit_code()
         self.assertEqual(self.read_snapshot(), {"1": "x", "2": "x"})
-        self.assert_refuses_to_start("--save-every", "--save-every=-1", code=2)
 
     @on_linux
-    def test_a_failure_is_a_line_in_the_log(self) -> None:
-        server = self.start()
-        server.request("PUT", "/kv/a", b"x" * 10_000)
+    def test_a_failure_is_a_line_in_the_log_and_leaves_the_changes_unsaved(self) -> None:
+        server = self.start("--save-every=1")
         server.limit("FSIZE", 1000)
-        server.send_signal(signal.SIGUSR1)
-        server.wait_for_log("cannot save: File too large")
-        self.assertEqual(server.request("PUT", "/kv/b", b"1").status, 200)
+        server.request("PUT", "/kv/a", b"x" * 10_000)
+        server.wait_for_log("cannot save: [Errno 27] File too large\n")
+        self.assertEqual(os.listdir(self.directory), [])
         server.limit("FSIZE", resource.RLIM_INFINITY)
-        self.assertEqual(server.stop(), 0)
-        self.assertEqual(set(self.read_snapshot()), {"a", "b"})
-
-    def test_without_memory_even_to_report_it_the_server_goes_on(self) -> None:
-        server = self.start_with(
-            "saves = iter([lambda _: b'x' * 2**60, *[kv.Saver.save] * 10]);"
-            "kv.Saver.save = lambda self: next(saves)(self)"
-        )
-        server.request("PUT", "/kv/a", b"1")
-        self.begin_a_save(server)
-        self.assertEqual(server.get("a"), "1")
-        self.assertEqual(server.stop(), 0)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
-
-    def test_a_stop_in_the_middle_of_a_save(self) -> None:
-        """Its time counts from the beginning of that save, which is not made again."""
-        server = self.start_with(
-            "save = kv.Snapshot.save;"
-            "kv.Snapshot.save = lambda *them: (kv.time.sleep(2), save(*them))"
-        )
-        server.request("PUT", "/kv/a", b"1")
-        self.begin_a_save(server)
-        self.assertEqual(server.stop(), 0)
-        self.assertEqual(server.log.count("saved"), 1)
-        self.assertRegex(server.log, r"drained in 2\.\d\d s")
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
-
-
-class ShutdownStepsTest(unittest.TestCase):
-    """How long each step waits, by a clock that moves only when something waits or saves."""
-
-    def shut_down(
-        self,
-        graceful: float = 15,
-        seconds: float = 0,
-        estimate: float = 0,
-        errors: Iterable[Exception] = (),
-        drained: bool = False,
-        log: Any = NO_LOG,
-    ) -> tuple[bool, list[float]]:
-        """Return whether it saved, and when each try to save ended and, at last, the whole.
-
-        Each try takes some seconds, and the first ones end with `errors`. The requests in flight
-        have all ended, or go on for ever.
-        """
-        now = 0.0
-        ended: list[float] = []
-        outcomes = itertools.chain(errors, itertools.repeat(None))
-
-        class Clock:
-            @staticmethod
-            def monotonic() -> float:
-                return now
-
-            @staticmethod
-            def sleep(seconds: float) -> None:
-                nonlocal now
-                now += seconds
-
-        class Server:
-            in_hand, parked = 1, ()
-
-            def stop(self) -> None: ...
-
-            def join(self, until: float) -> bool:
-                Clock.sleep(0 if drained else max(0, until - now))
-                return drained
-
-        class Snapshot:
-            def is_ours(self) -> bool:
-                return True
-
-            def save(self, pairs: dict[str, str]) -> None:
-                Clock.sleep(seconds)
-                ended.append(round(now, 2))
-                if error := next(outcomes):
-                    raise error
-
-        store = kv.Store({})
-        store.put("a", "1")
-        saver = kv.Saver(store, cast(kv.Snapshot, Snapshot()), NO_LOG, estimate)
-        with unittest.mock.patch.object(kv, "time", Clock):
-            server = cast(kv.Server, Server())
-            failure = kv.shut_down(server, saver, log, 0.0, graceful, set())
-        return not failure, [*ended, round(now, 2)]
-
-    def test_waits_for_what_is_in_flight_until_there_is_just_time_for_a_save(self) -> None:
-        self.assertEqual(self.shut_down(), (True, [1, 12]))
-
-    def test_the_time_follows_from_the_graceful_timeout(self) -> None:
-        self.assertEqual(self.shut_down(graceful=1), (True, [0.07, 0.8]))
-        self.assertEqual(self.shut_down(graceful=90), (True, [1, 72]))
-        self.assertEqual(self.shut_down(graceful=1, estimate=9), (True, [0.2, 0.2]))
-        outcome = self.shut_down(graceful=5, errors=itertools.repeat(OSError()), drained=True)
-        self.assertEqual((outcome[0], outcome[1][-1]), (False, 5.0))
-
-    def test_the_longer_a_save_takes_the_more_time_is_kept_for_the_last_one(self) -> None:
-        """Also when there was nothing to save in between."""
-        self.assertEqual(self.shut_down(seconds=3), (True, [4, 6]))
-
-    def test_the_first_estimate_is_what_the_load_took(self) -> None:
-        """No early save unless it and the last one fit: here, one ends at 7.5 s, not at 15 s."""
-        self.assertEqual(self.shut_down(seconds=7, estimate=7), (True, [7.5, 7.5]))
-        self.assertEqual(self.shut_down(seconds=4, estimate=4), (True, [8, 8]))
-
-    def test_after_an_early_save_that_took_long_there_is_no_more_waiting(self) -> None:
-        self.assertEqual(self.shut_down(seconds=7), (True, [8, 8]))
-
-    def test_a_save_for_which_memory_is_short_is_tried_again(self) -> None:
-        outcome = self.shut_down(errors=[MemoryError(), OSError(), ValueError()])
-        self.assertEqual(outcome, (True, [1, 2, 3, 4, 12]))
-
-    def test_without_memory_for_a_line_in_the_log_the_last_save_is_made_at_once(self) -> None:
-        log = unittest.mock.Mock(side_effect=MemoryError)
-        self.assertEqual(self.shut_down(log=log), (True, [0, 0]))
-
-    def test_after_a_slow_failure_there_is_another_try_if_there_is_time(self) -> None:
-        outcome = self.shut_down(seconds=5, errors=itertools.repeat(OSError()), drained=True)
-        self.assertEqual(outcome, (False, [5, 11, 11]))
-
-    def test_a_save_that_always_fails_is_reported_in_time(self) -> None:
-        outcome = self.shut_down(errors=itertools.repeat(OSError()))
-        self.assertEqual(outcome, (False, [*range(1, 15), 14]))
+        server.wait_for_log("saved 1 pair")
 
 
 class FailingSaveTest(KVTest):
@@ -2776,11 +2401,17 @@ class FailingSaveTest(KVTest):
         self.before = self.snapshot.read_bytes()
 
     def check_fails(self, server: ServerProcess, reason: str) -> None:
+        """It would be tried for 15 s, but the same signal ends that, too."""
         server.send_signal()
         server.wait_for_log(f"cannot save: {reason}")
-        server.send_signal()  # or it would try for 15 s
+        while not server.has_ended():
+            time.sleep(0.2)
+            with contextlib.suppress(ProcessLookupError):
+                server.send_signal()
         self.assertEqual(server.exit_code(), 1)
-        self.assertRegex(server.log, rf"not saved, {reason}.*: .*\n$")
+        self.assertRegex(server.log, rf"not saved, {re.escape(reason)}.*: what was written .*\n$")
+
+    def check_keeps_the_old_one(self) -> None:
         self.assertEqual(self.snapshot.read_bytes(), self.before)
         self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
 
@@ -2789,93 +2420,41 @@ class FailingSaveTest(KVTest):
         server.request("PUT", "/kv/large", b"x" * 100_000)
         return server
 
-    def test_a_file_size_limit_leaves_the_old_snapshot(self) -> None:
-        server = self.start_with_changes(preexec_fn=limited("FSIZE", 50_000))
-        self.check_fails(server, "File too large")
-        self.assertEqual(self.start().get("old"), "1")
-
-    @needs_compiler
-    def test_a_failed_fsync_leaves_the_old_snapshot(self) -> None:
-        shim = FsyncShim(self.top)
-        server = self.start_with_changes(env=shim.env)
-        shim.fail("file", errno.EIO)
-        self.check_fails(server, "Input/output error")
-
-    @needs_compiler
-    def test_a_failed_fsync_of_the_directory_is_no_save(self) -> None:
-        """Then nobody knows whether the new snapshot or the old one survives a power failure."""
-        shim = FsyncShim(self.top)
-        server = self.start_with_changes(env=shim.env)
-        shim.fail("directory", errno.EIO)
-        server.send_signal()
-        server.wait_for_log("cannot save: Input/output error")
-        server.send_signal()
-        self.assertEqual(server.exit_code(), 1)
-        self.assertEqual(set(self.read_snapshot()), {"old", "large"})
-
-    @needs_compiler
-    def test_a_file_system_that_cannot_sync_stops_the_start(self) -> None:
-        shim = FsyncShim(self.top)
+    def test_a_failed_fsync_of_the_file_or_of_its_name(self) -> None:
+        """Without the latter, nobody knows which one survives a power failure."""
+        failing: dict[str, Any] = {"command": self.failing_fsync(), "cwd": HERE}
         for what in ("file", "directory"):
-            shim.fail(what, errno.EIO)
-            self.assert_refuses_to_start("Input/output error", env=shim.env)
+            with self.start_with_changes(**failing) as server:
+                (self.top / f"fail-{what}").write_text(str(errno.EIO))
+                self.check_fails(server, "[Errno 5] Input/output error")
+            if what == "file":
+                self.check_keeps_the_old_one()
+            self.assert_refuses_to_start("[Errno 5] Input/output error", **failing)
             (self.top / f"fail-{what}").unlink()
+        self.assertEqual(set(self.read_snapshot()), {"old", "large"})
 
     @on_linux
     def test_lost_permissions_leave_the_old_snapshot(self) -> None:
         server = self.start_with_changes(preexec_fn=be_bound_by_permissions)
         self.directory.chmod(0o555)
-        self.check_fails(server, "Permission denied")
+        self.check_fails(server, "[Errno 13] Permission denied")
+        self.check_keeps_the_old_one()
 
-    def test_a_directory_that_is_gone_is_reported(self) -> None:
+    def test_a_directory_that_is_gone(self) -> None:
         server = self.start_with_changes()
         shutil.rmtree(self.directory)
-        server.send_signal()
-        server.wait_for_log(f"cannot save: No such file or directory: '{self.directory}'")
-        server.send_signal()
-        self.assertEqual(server.exit_code(), 1)
-        self.assertIn(f"not saved, No such file or directory: '{self.directory}'", server.log)
+        self.check_fails(server, "[Errno 2] No such file or directory")
 
     def test_a_full_disk_with_room_in_time_costs_nothing(self) -> None:
         self.mount("mount", "-t", "tmpfs", "-o", "size=64k", "kv", str(self.directory))
         self.write_snapshot({"old": "1"})
         server = self.start_with_changes()
-        self.check_fails(server, "No space left on device")
-        server = self.start_with_changes()
         server.send_signal()
-        server.wait_for_log("cannot save: No space left on device")
+        server.wait_for_log("cannot save: [Errno 28] No space left on device\n")
+        self.check_keeps_the_old_one()
         subprocess.run(["mount", "-o", "remount,size=1m", self.directory], check=True)
         self.assertEqual(server.exit_code(), 0)
         self.assertEqual(set(self.read_snapshot()), {"old", "large"})
-
-    def test_sigkill_at_any_moment_of_a_save_leaves_a_whole_snapshot(self) -> None:
-        old = {f"key{number}": "value" * 20 for number in range(50_000)}
-
-        def begin_shutdown() -> ServerProcess:
-            self.write_snapshot(old)
-            server = self.start()
-            server.request("PUT", "/kv/new", b"1")
-            server.send_signal()
-            server.wait_for_log("draining")
-            return server
-
-        delay = 0.05
-        outcomes: collections.Counter[int] = collections.Counter()
-        for _ in range(20):
-            server = begin_shutdown()
-            time.sleep(delay)
-            server.send_signal(signal.SIGKILL)
-            server.exit_code()
-            pairs = self.read_snapshot()
-            self.assertTrue(pairs in (old, {**old, "new": "1"}))
-            outcomes[len(pairs)] += 1
-            delay *= 1.3 if pairs == old else 1 / 1.3  # so it comes just before or just after
-        self.assertEqual(len(outcomes), 2, "neither all before nor all after the rename")
-
-
-def endless_puts(client: int) -> Iterator[bytes]:
-    for count in itertools.count():
-        yield put(f"{client}-{count % 100}", str(count))
 
 
 def connect_until_refused(port: int) -> None:
@@ -2894,140 +2473,46 @@ def connect_until_refused(port: int) -> None:
                 client.send(request("GET", "/kv/a"))
 
 
-def receive_queue(port: int, client_port: int = 0) -> int:
-    """How many bytes from that client, or connections, the server has not taken yet."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        ports = [int(address.partition(":")[2], 16) for address in fields[1:3]]
-        if ports == [port, client_port]:
-            return int(fields[4].partition(":")[2], 16)
-    return 0
+def writes(client: int, chance: random.Random) -> Iterator[bytes]:
+    """PUTs and DELETEs of keys that no other client has."""
+    for number in itertools.count():
+        key = f"{client}-{chance.randrange(200)}"
+        deletes = chance.random() < 0.2
+        yield request("DELETE", f"/kv/{key}") if deletes else put(key, str(number))
 
 
-def is_queue_long(port: int) -> bool:
-    return receive_queue(port) > 20
+def shutdowns_under_load(directory: Path, cycles: int, seed: int, *arguments: str) -> int:
+    """Save and stop the server at random moments of a load, and look whether all is there.
 
-
-def wait_until_read(server: ServerProcess, client: Client) -> None:
-    """Until the server has taken everything that the client has sent."""
-    port = client.socket.getsockname()[1]
-    wait_until(lambda: receive_queue(server.port, port) == 0, "all is read")
-
-
-class Operation(NamedTuple):
-    """A write by a client. Times are of the monotonic clock, which all processes share."""
-
-    begin: float
-    end: float  # infinite if there was no answer
-    key: str  # empty: clear
-    value: str | None  # None: delete
-
-
-class Report(NamedTuple):
-    acknowledged: int
-    lost: list[str]
-
-
-def write_until_refused(
-    port: int, name: str, keep_alive: bool, clears: bool, seed: float
-) -> list[Operation]:
-    """Write to keys of one's own until the server is gone; return what was done."""
-    chance = random.Random(seed)
-    done: list[Operation] = []
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-    for number in range(100_000):
-        key, value = f"{name}-{chance.randrange(200)}", f"{seed} {number}"
-        method, path, body = "PUT", f"/kv/{key}", cast("str | None", value)
-        kind = chance.random()
-        if kind < 0.002 and clears:
-            method, path, key, body = "DELETE", "/clear", "", None
-        elif kind < 0.2:
-            method, body = "DELETE", None
-        begin, end = time.monotonic(), float("inf")
-        fields = {} if keep_alive else {"Connection": "close"}
-        try:
-            connection.request(method, path, body, fields)
-            response = connection.getresponse()
-            response.read()
-            assert response.status in (200, 503), response.status
-            end = time.monotonic()
-        except ConnectionRefusedError:
-            return done
-        except (OSError, http.client.HTTPException):
-            connection.close()
-        else:
-            if response.status == 503:
-                continue  # it says that this was not done
-        done.append(Operation(begin, end, key, body))
-    return done
-
-
-def shutdowns_under_load(
-    directory: Path, cycles: int, seed: int, seconds: float = 0.5, *arguments: str
-) -> Report:
-    """Stop the server at random moments of a load; count the acknowledged writes it lost.
-
-    Before that, it saves now and then. Each load lasts up to so many seconds.
+    Returns how many writes were acknowledged.
     """
     chance = random.Random(seed)
-    acknowledged, lost = 0, []
-    context = multiprocessing.get_context("fork")
-    state: dict[str, str] = {}
-    for cycle in range(cycles):
-        with ServerProcess(directory, *arguments) as server, context.Pool(4) as pool:
-            runs = [
-                pool.apply_async(
-                    write_until_refused,
-                    (
-                        server.port,
-                        f"client{number}",
-                        number % 2 == 0,
-                        cycle % 2 == 0,
-                        cycle + number / 10,
-                    ),
-                )
-                for number in range(4)
-            ]
-            pauses = [chance.uniform(0.0, seconds / 3) for _ in range(3)]  # left to chance
-            for pause in pauses[chance.randrange(3) :]:
-                time.sleep(pause)
-                server.send_signal(signal.SIGUSR1)
-            time.sleep(pauses[0])
-            exit_code = server.stop()
-            operations = [operation for run in runs for operation in run.get(DEADLINE)]
-        if exit_code != 0:
-            lost.append(f"cycle {cycle}: exit code {exit_code}")
-        after = kv.read_pairs(str(directory / SNAPSHOT))
-        acknowledged += sum(operation.end < float("inf") for operation in operations)
-        lost += [f"cycle {cycle}: {each}" for each in differences(state, operations, after)]
-        state = after
-    return Report(acknowledged, lost)
+    acknowledged, expected = 0, dict[str, str]()
+    for _ in range(cycles):
+        with ServerProcess(directory, *arguments) as server:
+            loops = [Loop(writes(client, chance), client % 3 / 500) for client in range(20)]
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                running = thread.submit(keep_alive, server.port, loops)
+                for _ in range(chance.randrange(3)):
+                    time.sleep(chance.uniform(0, 0.2))  # the moment is left to chance
+                    server.send_signal(signal.SIGUSR1)
+                time.sleep(chance.uniform(0, 0.2))
+                assert server.stop() == 0, server.log
+                outcome = running.result()
+            assert set(outcome.answers) <= {"200"}, outcome.answers
+        outcome.apply_to(expected)
+        assert kv.read_pairs(str(directory / SNAPSHOT)) == expected, f"seed {seed}: a write is lost"
+        acknowledged += len(outcome.acknowledged)
+    return acknowledged
 
 
-def differences(
-    before: dict[str, str], operations: list[Operation], after: dict[str, str]
-) -> Iterator[str]:
-    """What cannot be: keys whose state no order of the operations that clients saw leads to."""
-    clears = [operation for operation in operations if not operation.key]
-    keys = {operation.key for operation in operations if operation.key}
-    by_key = {key: [Operation(0, 0, key, before.get(key))] for key in keys | set(before)}
-    for operation in operations:
-        if operation.key:
-            by_key[operation.key].append(operation)  # in order, because each key has one client
-    for key, history in by_key.items():
-        # The last acknowledged one holds, unless a later one was done without an answer.
-        last = max(n for n, each in enumerate(history) if each.end < float("inf"))
-        possible = {each.value for each in history[last:]}
-        if any(history[last].end < clear.begin and clear.end < float("inf") for clear in clears):
-            possible.discard(history[last].value)
-        if any(clear.end > history[last].begin for clear in clears):
-            possible.add(None)
-        if after.get(key) not in possible:
-            yield f"{key} is {after.get(key)!r} and not one of {possible}"
-    yield from (f"{key} came from nowhere" for key in after.keys() - by_key.keys())
+# ---- The command line ----
 
 
-# ---- Process: the command line ----
+def kv_py(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run kv.py to its end."""
+    command = [sys.executable, HERE / "kv.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, **options)
 
 
 class CommandLineTest(KVTest):
@@ -3035,16 +2520,21 @@ class CommandLineTest(KVTest):
         # Also on a terminal that cannot show the default.
         strict = {**os.environb, b"DATA_DIR": b"\xff", b"PYTHONIOENCODING": b"utf-8:strict"}
         for option in ("--version", "--help"):
-            command = [sys.executable, str(HERE / "kv.py"), option]
-            run = subprocess.run(command, capture_output=True, env=strict)
-            self.assertEqual((run.returncode, run.stderr), (0, b""))
-            self.assertIn(b"kv.py", run.stdout)
+            run = kv_py(option, env=strict)
+            self.assertEqual((run.returncode, run.stderr), (0, ""))
+            self.assertIn("kv.py", run.stdout)
+        self.assertEqual(run.stdout.count("\n  curl "), 2)
+        self.assertRegex(run.stdout, "SIGTERM .*SIGUSR1")
 
-    def test_wrong_arguments_are_one_line(self) -> None:
-        for argument in ("--port=x", "--port=65536", "--port=-1", "--port="):
-            self.assert_refuses_to_start("--port", argument, code=2)
-        for argument in ("--por=1", "extra", "two\nlines", "--verbose=1", "--host"):
-            self.assert_refuses_to_start(re.split("=|\n", argument)[0], argument, code=2)
+    def test_wrong_arguments_are_named(self) -> None:
+        for wrong in ("x", "65536", "-1", "", "1_0"):
+            text = f"argument --port: {wrong!r} is not a whole number from 0 to 65535\n"
+            self.assert_refuses_to_start(text, f"--port={wrong}", code=2)
+        for name, wrong in (("graceful-timeout", "0"), ("save-every", "1.5")):
+            text = f"argument --{name}: '{wrong}' is not a whole number from "
+            self.assert_refuses_to_start(text, f"--{name}={wrong}", code=2)
+        for argument in ("--por=1", "extra", "--verbose=1", "--host"):
+            self.assert_refuses_to_start(argument.split("=")[0], argument, code=2)
         self.assert_refuses_to_start("--working-dir: empty", "--working-dir=", code=2)
         # Not x.invalid, for which the system would ask a name server.
         for host in ("fe80::1%x", "x" * 100, "203.0.113.1"):
@@ -3053,46 +2543,27 @@ class CommandLineTest(KVTest):
     def test_a_port_in_use_stops_the_start(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            self.assert_refuses_to_start(f"port {port}: Address already in use", f"--port={port}")
+            self.assert_refuses_to_start(f"port {port}: [Errno {errno.EADDRINUSE}] ", port=port)
         # Some releases of Python have this.
         script = "import kv; kv.ThreadingHTTPServer.allow_reuse_port = True; kv.main()"
         sharing: dict[str, Any] = {"command": [sys.executable, "-c", script], "cwd": HERE}
         with ServerProcess(self.top / "first", **sharing) as server:
-            self.assert_refuses_to_start("in use", f"--port={server.port}", **sharing)
+            self.assert_refuses_to_start("in use", port=server.port, **sharing)
 
-    @on_linux
-    def test_without_a_thread_that_accepts_the_start_is_refused(self) -> None:
-        too_large = limited("STACK", 2**47)  # for the stack of a thread
-        self.assert_refuses_to_start("can't start new thread", preexec_fn=too_large)
-
-    def test_a_directory_whose_name_is_not_text(self) -> None:
-        self.directory = Path(os.fsdecode(os.fsencode(self.top) + b"/data\xff"))
-        server = self.start()
-        self.assertIn(r"/data\udcff/kv.pickle', ", server.log)
-        server.request("PUT", "/kv/a", b"1")
-        self.assertEqual(server.stop(), 0)
-
-    def test_working_directory_that_is_a_file(self) -> None:
-        self.directory.write_text("")
-        self.assert_refuses_to_start("Not a directory")
-
-    def test_working_directory_that_cannot_be_created(self) -> None:
+    def test_working_directories_that_cannot_be_used(self) -> None:
         self.assert_refuses_to_start("cannot use", "--working-dir=/dev/null/data")
-
-    def test_working_directory_that_cannot_be_written(self) -> None:
-        self.directory.mkdir()
-        self.directory.chmod(0o555)
-        self.assert_refuses_to_start("Permission denied", preexec_fn=be_bound_by_permissions)
-
-    def test_working_directory_that_is_gone(self) -> None:
         script = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" "{HERE}/kv.py" "$@"'
-        command = ["sh", "-c", script, "sh"]
         self.assert_refuses_to_start(
             "cannot use the working directory 'x': ",
             "--working-dir=x",
-            command=command,
+            command=["sh", "-c", script, "sh"],
             cwd=self.top,
         )
+        self.directory.write_text("")
+        self.assert_refuses_to_start("[Errno 17] File exists")
+        self.directory.unlink()
+        self.directory.mkdir(mode=0o555)
+        self.assert_refuses_to_start("Permission denied", preexec_fn=be_bound_by_permissions)
 
     def test_working_directory_in_use(self) -> None:
         server = self.start()
@@ -3103,12 +2574,14 @@ class CommandLineTest(KVTest):
         server.exit_code()
         self.start()  # at once
 
-    def test_working_directory_is_created_with_its_parents(self) -> None:
-        self.directory = self.top / "a" / "b"
-        with ServerProcess(self.top / "log", f"--working-dir={self.directory}") as server:
+    def test_working_directory_is_the_one_that_the_system_means(self) -> None:
+        """`link/..` is the parent of where the link leads to. Missing parents are created."""
+        (self.top / "a" / "b").mkdir(parents=True)
+        (self.top / "link").symlink_to("a/b")
+        with self.start("--working-dir=link/../c/d", cwd=self.top) as server:
             server.request("PUT", "/kv/a", b"1")
             self.assertEqual(server.stop(), 0)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
+        self.assertEqual(kv.read_pairs(str(self.top / "a" / "c" / "d" / SNAPSHOT)), {"a": "1"})
 
     def test_working_directory_from_the_environment(self) -> None:
         for data_dir, place in (("from-env", "from-env"), ("", ".")):
@@ -3118,42 +2591,33 @@ class CommandLineTest(KVTest):
                 command, cwd=self.top, env=environment, stderr=subprocess.PIPE, text=True
             ) as process:
                 assert process.stderr
-                expected = str(self.top / place / SNAPSHOT)
                 self.addCleanup(process.kill)
                 line = process.stderr.readline()
                 process.terminate()
-                self.assertIn(f" {expected!r}, ", line)
-
-    @unittest.skipUnless(socket.has_dualstack_ipv6(), "needs IPv6")
-    def test_ipv6_and_all_interfaces(self) -> None:
-        for host, url in (("::1", "http://[::1]:"), ("0.0.0.0", "http://0.0.0.0:")):
-            with self.start(f"--host={host}") as server:
-                self.assertIn(url, server.log)
-                with Client(server.port, host.replace("0.0.0.0", "127.0.0.1")) as client:
-                    self.assertEqual(client.request("GET", "/health").status, 200)
+                self.assertEqual(process.wait(DEADLINE), 0)
+            path = re.findall(r" in '(.*)', ", line)
+            self.assertEqual(Path(*path).resolve(), self.top / place / SNAPSHOT)
 
     def test_the_ready_line(self) -> None:
+        """With the process number, for SIGUSR1, and no control characters for the terminal."""
+        self.directory = Path(os.fsdecode(os.fsencode(self.top) + b"/a\x1b[31mb\xff"))
         self.write_snapshot({"a": "1", "b": "2"})
         server = self.start()
-        place = re.escape(repr(str(self.snapshot)))
+        place = re.escape(f"{self.top}/a\\x1b[31mb\\udcff/kv.pickle")
         url = rf"http://127\.0\.0\.1:{server.port}"
-        self.assertRegex(server.log, rf"^kv\.py: 2 pairs in {place}, listening on {url}\n$")
-
-    def test_requests_are_not_logged(self) -> None:
-        server = self.start()
+        line = rf"^kv\.py: 2 pairs in '{place}', listening on {url}, process {server.process.pid}\n"
+        self.assertRegex(server.log, line + "$")
         server.request("PUT", "/kv/a", b"1")
         self.assertEqual(server.stop(), 0)
-        self.assertNotIn("PUT", server.log)
+        self.assertNotRegex(server.log, "PUT|\x1b")
 
     def test_requests_are_logged_with_verbose(self) -> None:
         command = [sys.executable, "-bb", str(HERE / "kv.py")]  # no bytes where text belongs
         server = self.start("--verbose", command=command)
-        # On one connection: the line follows the answer, so those of two could change places.
         with server.connect() as client:
             client.request("PUT", "/kv/a", b"1")
             client.request("GET", "/kv/" + "x" * 8000)
             client.request("GET", "/kv/a?\x1b[31m")
-        server.wait_for_log("' 400 23\n")
         with server.connect() as client:
             client.send(b"\r\n" + request("GET", "/health") + b"\n")
             client.receive()
@@ -3162,18 +2626,18 @@ class CommandLineTest(KVTest):
         lines = [line for line in server.log.split("\n") if line.startswith("kv.py: 127.0.0.1 ")]
         self.assertEqual(lines[0], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
         self.assertLess(len(lines[1]), 2000)
-        self.assertEqual(lines[2], r"kv.py: 127.0.0.1 'GET /kv/a?\x1b[31m HTTP/1.1' 400 23")
-        self.assertEqual(lines[3], "kv.py: 127.0.0.1 'GET /health HTTP/1.1' 200 3")
-        self.assertEqual(lines[4], r"kv.py: 127.0.0.1 '\n' 400 18")
+        self.assertRegex(lines[2], r"^kv.py: 127.0.0.1 'GET /kv/a\?\\x1b\[31m HTTP/1.1.*' 400 \d+$")
+        self.assertIn("kv.py: 127.0.0.1 'GET /health HTTP/1.1' 200 3", lines)
+        self.assertRegex("\n".join(lines), r"kv.py: 127.0.0.1 '\\n' 400 \d+")
 
-    def log_into(
-        self, reader: int, writer: int, *command: str
-    ) -> tuple[subprocess.Popen[bytes], int]:
+    def log_into(self, reader: int, writer: int, *change: str) -> tuple[subprocess.Popen[str], int]:
         """Return a server that logs into a pipe or terminal, and its port."""
-        arguments = [f"--working-dir={self.directory}", "--port=0", "--verbose"]
-        process = subprocess.Popen([*command, *arguments], stderr=writer, cwd=HERE)
+        script = "; ".join(["import kv", *change, "kv.main()"])
+        command = [sys.executable, "-c", script, f"--working-dir={self.directory}", "--verbose"]
+        process = subprocess.Popen([*command, "--port=0"], stderr=writer, cwd=HERE, text=True)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
+        self.addCleanup(os.close, reader)
         os.close(writer)
         match = re.search(rb"listening on http://127\.0\.0\.1:(\d+)", os.read(reader, 1000))
         assert match
@@ -3182,9 +2646,8 @@ class CommandLineTest(KVTest):
     def test_a_log_that_nobody_reads_does_not_delay_the_exit(self) -> None:
         """Nor one that is read slowly, so that there is often room for some lines, but not all."""
         # On all cores, or no thread would ever write between another's look and its write.
-        script = "import kv; kv.stay_on_one_core = lambda: None; kv.main()"
         reader, writer = os.pipe()
-        process, port = self.log_into(reader, writer, sys.executable, "-c", script)
+        process, port = self.log_into(reader, writer, "kv.stay_on_one_core = lambda: None")
         key = "k" * 900
         load = threading.Thread(target=requests_per_second, args=[port, 64, [put(key, "1")], 1.0])
         load.start()
@@ -3195,23 +2658,20 @@ class CommandLineTest(KVTest):
         process.terminate()
         self.assertEqual(process.wait(10), 0)  # with a worker stuck in a write it would be 12 s
         self.assertEqual(self.read_snapshot(), {key: "1"})
-        os.close(reader)
 
     def test_a_terminal_that_nobody_reads_does_not_delay_the_exit(self) -> None:
-        reader, writer = os.openpty()
-        process, port = self.log_into(reader, writer, sys.executable, str(HERE / "kv.py"))
+        process, port = self.log_into(*os.openpty())
         with Client(port) as client:
             for _ in range(2000):  # lines of 43 bytes
                 client.request("PUT", "/kv/a", b"1")
         process.terminate()
         self.assertEqual(process.wait(10), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
-        os.close(reader)
 
     def test_a_log_that_is_closed_does_not_stop_the_save(self) -> None:
         reader, writer = os.pipe()
-        process, port = self.log_into(reader, writer, sys.executable, str(HERE / "kv.py"))
-        os.close(reader)
+        process, port = self.log_into(reader, writer)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), reader)  # the pipe has no reader any more
         with Client(port) as client:
             client.request("PUT", "/kv/a", b"1")
         process.terminate()
@@ -3219,95 +2679,55 @@ class CommandLineTest(KVTest):
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     def test_without_standard_streams(self) -> None:
-        port = free_port()
-        command = f'exec "{sys.executable}" "{HERE}/kv.py" --port={port} --verbose <&- >&- 2>&-'
-        process = subprocess.Popen(["sh", "-c", command], cwd=self.top)
-        self.addCleanup(process.kill)
+        script = 'exec "$@" --verbose <&- >&- 2>&-'
+        self.check_starts_and_saves(["sh", "-c", script, "sh", *self.command])
 
-        def answers() -> bool:
-            with contextlib.suppress(OSError), Client(port) as client:
-                return client.request("PUT", "/kv/a", b"1").status == 200
-            return False
+    @unittest.skipUnless(found("unshare") and os.getuid() == 0, "hides /proc from a process")
+    def test_without_dev_fd(self) -> None:
+        """As in some sandboxes."""
+        script = 'mount -t tmpfs none /proc && exec "$@"'
+        self.check_starts_and_saves(["unshare", "-m", "sh", "-c", script, "sh", *self.command])
 
-        wait_until(answers, "an answer")
-        process.terminate()
-        self.assertEqual(process.wait(DEADLINE), 0)
-        self.directory = self.top
+    def check_starts_and_saves(self, command: list[str]) -> None:
+        server = Program(command, self.directory, self.port)
+        self.addCleanup(server.__exit__)
+        server.wait_until_ready()
+        self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
+        self.assertEqual(server.stop(), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     def test_an_old_python_is_told(self) -> None:
-        for python in Path.home().glob(".pyenv/versions/3.8*/bin/python3"):
-            run = subprocess.run([python, HERE / "kv.py"], capture_output=True, text=True)
-            self.assertEqual(run.returncode, 1)
-            self.assertEqual(run.stderr, "kv.py: needs Python 3.9 or later\n")
-
-    @on_linux
-    def test_signals_while_modules_are_imported(self) -> None:
-        """Ctrl-C ends the process without a traceback; the signal to save does not end it."""
-        moments = [(signal.SIGINT, delay) for delay in range(0, 60, 4)]
-        moments += [(signal.SIGUSR1, delay) for delay in (0, 10, 30)]
-        for number, delay in moments:
-            server = self.start(ready=False)
-            # The interpreter catches Ctrl-C at first. It is ours as soon as kv.py has its way.
-            wait_until(functools.partial(has_met, server, signal.SIGINT), "a start")
-            while has_signal(server, "SigCgt", signal.SIGINT):
-                pass
-            time.sleep(delay / 1000)
-            server.send_signal(number)
-            if number == signal.SIGUSR1:
-                server.wait_for_log("listening")
-                self.assertEqual(server.stop(), 0)
-            self.assertIn(server.exit_code(), (0, -signal.SIGINT))
-            self.assertNotIn("Traceback", server.log)
-            server.__exit__()
-
-    def test_a_control_character_in_a_path_does_not_reach_the_terminal(self) -> None:
-        self.directory = self.top / "a\x1b[31mb"
-        with self.start() as server:
-            self.assertEqual(server.stop(), 0)
-            self.assertNotIn("\x1b", server.log)
-        self.snapshot.write_text("")
-        self.assert_refuses_to_start(r"a\x1b[31mb")
-
-    def test_a_directory_that_was_created_for_nothing_is_not_left_behind(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            self.assert_refuses_to_start("in use", f"--port={taken.getsockname()[1]}")
-        self.assertFalse(self.directory.exists())
+        for python in interpreters(7, 8):
+            with self.subTest(python):
+                run = subprocess.run([python, HERE / "kv.py"], capture_output=True, text=True)
+                self.assertEqual(run.returncode, 1)
+                self.assertEqual(run.stderr, "kv.py: needs Python 3.9 or later\n")
 
 
 class RunScriptTest(KVTest):
-    """The way in which the lsfr harness starts, stops and restarts the server."""
+    """The way in which the challenge starts the server."""
 
-    def test_restarts_on_the_same_port_and_directory(self) -> None:
+    def test_in_a_relative_directory_that_has_the_log(self) -> None:
         shutil.copy(HERE / "kv.py", self.top)
         shutil.copy(HERE / "run.sh", self.top)
-        port = free_port()
-        working_directory = self.top / ".lsfr" / "run-1"
-        working_directory.mkdir(parents=True)
-        expected: dict[str, str] = {}
-        for restart in range(6):
-            with open(working_directory / "node.log", "ab") as log:
-                process = subprocess.Popen(
-                    ["./run.sh", f"--port={port}", "--working-dir=.lsfr/run-1"],
-                    cwd=self.top,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            self.addCleanup(process.wait)
-            self.addCleanup(process.kill)
-            wait_until(functools.partial(listens, port), "the server listens", 15)
-            with Client(port) as client:
-                for key, value in expected.items():
-                    self.assertEqual(client.request("GET", f"/kv/{key}").body.decode(), value)
-                expected[f"key{restart}"] = "päivää 🌍\t" * (restart + 1)
-                for key, value in expected.items():
-                    self.assertEqual(
-                        client.request("PUT", f"/kv/{key}", value.encode()).status, 200
-                    )
-                os.killpg(process.pid, signal.SIGTERM)
-                self.assertEqual(process.wait(15), 0)
-        self.assertEqual(set(os.listdir(working_directory)), {SNAPSHOT, "node.log"})
+        directory = self.top / ".lsfr" / "run-1"
+        directory.mkdir(parents=True)
+        with open(directory / "node.log", "ab") as log:
+            process = subprocess.Popen(
+                ["./run.sh", f"--port={self.port}", "--working-dir=.lsfr/run-1"],
+                cwd=self.top,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_until(lambda: listens(self.port), "the server listens", GRACE)
+        with Client(self.port) as client:
+            self.assertEqual(client.request("PUT", "/kv/a", b"1").status, 200)
+        os.killpg(process.pid, signal.SIGTERM)
+        self.assertEqual(process.wait(GRACE), 0)
+        self.assertEqual(set(os.listdir(directory)), {SNAPSHOT, "node.log"})
 
     def test_from_any_directory_with_the_interpreter_from_the_environment(self) -> None:
         script = self.top / "directory with spaces" / "run.sh"
@@ -3328,171 +2748,45 @@ class RunScriptTest(KVTest):
             self.assertEqual(run.returncode, 2)
             self.assertIn("this one", run.stderr)
 
-    def test_the_scripts_have_unix_line_ends_wherever_they_are_checked_out(self) -> None:
-        attributes = (HERE / ".gitattributes").read_text()
-        self.assertIn("* text=auto eol=lf", attributes)
-
 
 class DumpTest(KVTest):
-    def dump(self) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, str(HERE / "kv.py"), "--dump", f"--working-dir={self.directory}"]
+    def dump(self) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "LC_ALL": "C"}
-        return subprocess.run(command, capture_output=True, env=environment, timeout=DEADLINE)
+        return kv_py("--dump", f"--working-dir={self.directory}", env=environment, encoding="utf-8")
 
-    def test_prints_the_pairs_as_json_lines(self) -> None:
+    def test_prints_the_pairs_as_json_lines_beside_a_running_server(self) -> None:
         pairs = {"a": "1", "b": 'päivää 🌍\n"\\\0'}
         self.write_snapshot(pairs)
-        run = self.dump()
-        self.assertEqual((run.returncode, run.stderr), (0, b""))
-        lines = [json.loads(line) for line in run.stdout.decode().splitlines()]
-        self.assertEqual({line["key"]: line["value"] for line in lines}, pairs)
-        self.assertIn("päivää 🌍", run.stdout.decode())
-
-    def test_beside_a_running_server(self) -> None:
-        self.write_snapshot({"a": "1"})
         self.start()
-        self.assertEqual(self.dump().stdout, b'{"key": "a", "value": "1"}\n')
+        run = self.dump()
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        lines = [json.loads(line) for line in run.stdout.splitlines()]
+        self.assertEqual({line["key"]: line["value"] for line in lines}, pairs)
+        self.assertIn("päivää 🌍", run.stdout)
 
     def test_what_cannot_be_dumped_is_an_error(self) -> None:
         self.assertEqual((self.dump().returncode, self.directory.exists()), (1, False))
         self.directory.mkdir()
-        self.assertEqual(self.dump().returncode, 1)
         self.snapshot.write_bytes(b"x" * 100)
         run = self.dump()
-        self.assertEqual((run.returncode, run.stdout), (1, b""))
-        self.assertRegex(run.stderr.decode(), r"^kv\.py: cannot dump .*checksum.*\n$")
+        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        self.assertRegex(run.stderr, r"^kv\.py: cannot dump .*checksum.*\n$")
 
-    def test_stops_quietly_with_its_reader(self) -> None:
+    def test_its_reader_is_gone_or_has_no_room(self) -> None:
         self.write_snapshot({f"key{number}": "value" for number in range(50_000)})
-        command = (
-            f'"{sys.executable}" "{HERE}/kv.py" --dump --working-dir="{self.directory}" | head -1'
-        )
-        run = subprocess.run(["sh", "-c", command], capture_output=True)
-        self.assertEqual((run.stdout.count(b"\n"), run.stderr), (1, b""))
-
-    def test_without_stdout(self) -> None:
-        self.write_snapshot({"a": "1"})
-        command = f'"{sys.executable}" "{HERE}/kv.py" --dump --working-dir="{self.directory}" >&-'
-        run = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
-        self.assertEqual(run.returncode, 1)
-        self.assertRegex(run.stderr, "Bad file descriptor\n$")
-
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
-    def test_a_full_disk_is_an_error(self) -> None:
-        self.write_snapshot({"a": "1"})
-        command = [sys.executable, str(HERE / "kv.py"), "--dump", f"--working-dir={self.directory}"]
-        with open("/dev/full", "w") as full:
-            run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=DEADLINE)
-        self.assertEqual(run.returncode, 1)
-        self.assertRegex(run.stderr.decode(), r"^kv\.py: cannot dump .*No space left on device\n$")
+        dump = f'"{sys.executable}" "{HERE}/kv.py" --dump --working-dir="{self.directory}"'
+        for behind, lines, error in (
+            ("| head -1", 1, "^$"),
+            (">&-", 0, r"^kv\.py: cannot dump .*Bad file descriptor\n$"),
+            (">/dev/full", 0, r"^kv\.py: cannot dump .*No space left on device\n$"),
+        ):
+            run = subprocess.run(["sh", "-c", f"{dump} {behind}"], capture_output=True, text=True)
+            self.assertEqual(run.stdout.count("\n"), lines)
+            self.assertRegex(run.stderr, error)
+            self.assertEqual(run.returncode, 0 if lines else 1)
 
 
 # ---- Clients that people use, and proxies ----
-
-# These take the URL in front of the key and how many requests are in flight at a time. They PUT the
-# pairs that come on stdin as JSON, then GET them, and print a line for each answer, see run_client.
-GO_CLIENT = r"""
-package main
-
-import (
-	"encoding/json"
-	"fmt"
-	"io"
-	"net/http"
-	"os"
-	"strconv"
-	"strings"
-	"sync"
-)
-
-func send(method, url, body string) (int, string, error) {
-	request, err := http.NewRequest(method, url, strings.NewReader(body))
-	if err != nil {
-		return 0, "", err
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return 0, "", err
-	}
-	defer response.Body.Close()
-	answer, err := io.ReadAll(response.Body)
-	return response.StatusCode, string(answer), err
-}
-
-func main() {
-	clients, _ := strconv.Atoi(os.Args[2])
-	var pairs map[string]string
-	json.NewDecoder(os.Stdin).Decode(&pairs)
-	for _, method := range []string{"PUT", "GET"} {
-		keys := make(chan string)
-		var running sync.WaitGroup
-		for n := 0; n < clients; n++ {
-			running.Add(1)
-			go func() {
-				defer running.Done()
-				for key := range keys {
-					body, expected := pairs[key], ""
-					if method == "GET" {
-						body, expected = "", pairs[key]
-					}
-					status, answer, err := send(method, os.Args[1]+key, body)
-					if err != nil {
-						fmt.Println(method, err)
-					} else if answer != expected {
-						fmt.Println(method, status, "and not the value")
-					} else {
-						fmt.Println(method, status)
-					}
-				}
-			}()
-		}
-		for key := range pairs {
-			keys <- key
-		}
-		close(keys)
-		running.Wait()
-	}
-}
-"""
-NODE_CLIENT = r"""
-const http = require("http"), [way, url, clients] = process.argv.slice(1);
-const pairs = Object.entries(JSON.parse(require("fs").readFileSync(0)));
-const agent = new http.Agent({ keepAlive: true });
-const send = {
-  agent: (method, url, body) => new Promise((resolve, reject) => {
-    const request = http.request(url, { method, agent }, (response) => {
-      let text = "";
-      response.setEncoding("utf8").on("data", (piece) => { text += piece; });
-      response.on("error", reject).on("end", () => resolve([response.statusCode, text]));
-    });
-    request.on("error", reject).end(body);
-  }),
-  fetch: async (method, url, body) => {
-    const response = await fetch(url, { method, body });
-    return [response.status, await response.text()];
-  },
-}[way];
-
-async function client(method, waiting) {
-  for (let pair; pair = waiting.pop();) {
-    const [key, value] = pair;
-    const [body, expected] = method === "PUT" ? [value, ""] : [undefined, value];
-    try {
-      const [status, answer] = await send(method, url + key, body);
-      console.log(method, status, ...(answer === expected ? [] : ["and not the value"]));
-    } catch (error) {
-      console.log(method, error.message, String(error.cause));
-    }
-  }
-}
-
-(async () => {
-  for (const method of ["PUT", "GET"]) {
-    const waiting = [...pairs];
-    await Promise.all(Array.from({ length: clients }, () => client(method, waiting)));
-  }
-})();
-"""
 
 
 @contextlib.contextmanager
@@ -3518,40 +2812,20 @@ class ClientsTest(KVTest):
             command,
             input=text,
             cwd=self.top,
-            env={**os.environ, "GO111MODULE": "off"},
             capture_output=True,
             text=True,
-            timeout=4 * DEADLINE,  # Go may have its library to compile first
+            timeout=DEADLINE,
         )
         self.assertEqual(run.returncode, 0, run.stdout[-1000:] + run.stderr)
         return run.stdout
-
-    def store_and_read(self, port: int, clients: int, *command: str) -> None:
-        url, pairs = f"http://127.0.0.1:{port}/kv/", json.dumps(self.PAIRS)
-        self.check_answers(self.run_client(*command, url, str(clients), text=pairs))
-
-    def check_answers(self, lines: str) -> None:
-        answers = collections.Counter(lines.splitlines())
-        self.assertEqual(answers, self.ANSWERS, answers.most_common(5))
-
-    def go(self, port: int, clients: int = 50) -> None:
-        (self.top / "client.go").write_text(GO_CLIENT)
-        self.store_and_read(port, clients, "go", "run", "client.go")
-
-    def node(self, port: int, clients: int = 50) -> None:
-        for way in ("agent", "fetch"):
-            with self.subTest(way):
-                self.store_and_read(port, clients, "node", "-e", NODE_CLIENT, way)
 
     def check_stored(self, server: ServerProcess) -> None:
         self.stop_at_once(server)
         self.assertEqual(self.read_snapshot(), self.PAIRS)
 
-    @unittest.skipUnless(found("curl"), "needs curl")
-    def test_curl(self) -> None:
+    def store_and_read(self, port: int) -> None:
         """One request at a time, and 50."""
-        server = self.start()
-        url = f"http://127.0.0.1:{server.port}/kv/key"
+        url = f"http://127.0.0.1:{port}/kv/key"
         puts = "next\n".join(
             f'url = "{url}{number}"\nrequest = PUT\nwrite-out = "PUT %{{http_code}}\\n"\n'
             f"data-binary = {json.dumps(value, ensure_ascii=False)}\n"
@@ -3559,315 +2833,83 @@ class ClientsTest(KVTest):
         )
         get = ["-o", "got#1", "-w", "GET %{http_code}\n", f"{url}[0-{len(self.PAIRS) - 1}]"]
         for curl in (["curl", "-sS"], ["curl", "-sS", "--parallel"]):
-            server.request("DELETE", "/clear")
             lines = self.run_client(*curl, "--noproxy", "*", "-K", "-", text=puts)
             lines += self.run_client(*curl, "--noproxy", "*", *get)
-            self.check_answers(lines)
+            answers = collections.Counter(lines.splitlines())
+            self.assertEqual(answers, self.ANSWERS, answers.most_common(5))
             for number, value in enumerate(self.PAIRS.values()):
                 self.assertEqual((self.top / f"got{number}").read_text(), value)
-        self.check_stored(server)
 
-    @unittest.skipUnless(found("wget"), "needs wget")
-    def test_wget(self) -> None:
-        """A process for each of 100 PUTs, and one for 1,000 GETs."""
-        server = self.start()
-        url = f"http://127.0.0.1:{server.port}/kv/"
-        wget = ["wget", "-nv", "--no-proxy", "--tries=1", "-O", "-"]
-        pairs = dict(list(self.PAIRS.items())[:100])
-        for key, value in pairs.items():
-            put = ["--method=PUT", f"--body-data={value}", url + key]
-            self.assertEqual(self.run_client(*wget, *put), "")
-        urls = "".join(f"{url}{key}\n" for key in pairs) * 10
-        got = self.run_client(*wget, "-i", "-", text=urls)
-        self.assertEqual(got, "".join(pairs.values()) * 10)
+    @unittest.skipUnless(found("curl"), "needs curl")
+    def test_curl(self) -> None:
+        """Also with fewer descriptors than it has connections."""
+        for limit in (1024, 40):
+            with self.start(preexec_fn=limited("NOFILE", limit)) as server:
+                self.store_and_read(server.port)
+                self.check_stored(server)
 
-    @unittest.skipUnless(found("go"), "needs Go")
-    def test_go(self) -> None:
-        server = self.start()
-        self.go(server.port)
-        self.check_stored(server)
-
-    @unittest.skipUnless(found("node"), "needs Node")
-    def test_node(self) -> None:
-        server = self.start()
-        self.node(server.port)
-        self.check_stored(server)
-
-    @unittest.skipUnless(found("go"), "needs Go")
-    def test_100_clients_of_go_and_64_descriptors(self) -> None:
-        server = self.start(preexec_fn=limited("NOFILE", 64))
-        self.go(server.port, 100)
-        self.check_stored(server)
-
-    @unittest.skipUnless(found("node"), "needs Node")
-    def test_100_clients_of_node_and_64_descriptors(self) -> None:
-        server = self.start(preexec_fn=limited("NOFILE", 64))
-        self.node(server.port, 100)
-        self.check_stored(server)
-
-    def block(self, language: str, *changes: tuple[str, str]) -> str:
-        """A configuration that the README has."""
-        readme = (HERE / "README.md").read_text()
-        (block,) = re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
-        for old, new in changes:
-            self.assertIn(old, block)
-            block = block.replace(old, new)
-        return str(block)
-
-    def check_proxy(self, port: int) -> None:
-        wait_until(lambda: listens(port), "the proxy")
-        self.go(port)
-        large = b"x" * kv.MAX_VALUE
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as client:
-            for method, path, body, expected in (
-                ("GET", "/health", b"", b"ok\n"),
-                ("PUT", "/kv/large", large, b""),
-                ("GET", "/kv/large", b"", large),
-                ("DELETE", "/kv/large", b"", b""),
-            ):
-                client.request(method, path, body or None, {"Host": "kv.example.com"})
-                answer = client.getresponse()
-                self.assertEqual((answer.status, answer.read() == expected), (200, True))
-
-    @unittest.skipUnless(found("nginx", "go"), "needs nginx and Go")
-    def test_go_through_nginx(self) -> None:
-        server, port = self.start(), free_port()
-        block = self.block(
-            "nginx",
-            ("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
-            ("listen 80", f"listen 127.0.0.1:{port}"),
+    @unittest.skipUnless(found("curl", "nginx", "haproxy"), "needs curl, nginx and HAProxy")
+    def test_curl_through_the_proxies_of_the_readme(self) -> None:
+        paths = "".join(
+            f"{name}_temp_path {name}; "
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
-        names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        paths = "".join(f"{name}_temp_path {name}; " for name in names)
-        (self.top / "nginx.conf").write_text(
-            "daemon off; master_process off; pid nginx.pid; error_log stderr; events {}"
-            f"http {{ access_log off; {paths} {block} }}"
-        )
-        command = ["nginx", "-p", str(self.top), "-c", "nginx.conf"]
-        with running(command, stderr=subprocess.DEVNULL):
-            self.check_proxy(port)
-        self.check_stored(server)
-
-    @unittest.skipUnless(found("haproxy", "go"), "needs HAProxy and Go")
-    def test_go_through_haproxy(self) -> None:
-        server, port, stats = self.start(), free_port(), str(self.top / "stats")
-        block = self.block(
-            "haproxy",
-            ("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
-            ("bind :80", f"bind 127.0.0.1:{port}"),
-        )
-        (self.top / "haproxy.cfg").write_text(f"global\n    stats socket {stats}\n{block}")
-
-        def is_healthy() -> bool:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(stats)
-                client.send(b"show stat\n")
-                return ",L7OK,200," in client.makefile().read()
-
-        command = ["haproxy", "-db", "-f", str(self.top / "haproxy.cfg")]
-        with running(command, stderr=subprocess.DEVNULL):
-            self.check_proxy(port)
-            wait_until(is_healthy, "the health check")
-        self.check_stored(server)
-
-
-# ---- Browsers: pages of other origins ----
-
-# Tries what a page may try, and reports how each attempt has ended. Where kv.py is and where the
-# report goes to, is behind the # of its URL.
-PAGE = rb"""<!doctype html>
-<meta charset="utf-8">
-<body>
-<iframe name="sink"></iframe>
-<script>
-const [kv, reports] = location.hash.slice(1).split(",");
-
-const tell = (report) => fetch(reports, { method: "POST", mode: "no-cors", body: report });
-
-const add = (tag, attributes) => {
-  const element = Object.assign(document.createElement(tag), attributes);
-  document.body.append(element);
-  return element;
-};
-
-const loaded = (element) => new Promise((resolve) => {
-  element.onload = element.onerror = resolve;
-});
-
-const text = (frame) => frame.contentDocument && frame.contentDocument.body.textContent;
-
-async function read(path, options) {
-  const response = await fetch(kv + path, options);
-  return `${response.type} ${response.status} ${await response.text()}`;
-}
-
-async function script() {
-  await loaded(add("script", { src: kv + "/kv/script" }));
-  return String(window.stolen);
-}
-
-async function frame() {
-  const frame = add("iframe", { src: kv + "/kv/script" });
-  await loaded(frame);
-  return text(frame);
-}
-
-async function post(path) {
-  const method = "POST", enctype = "text/plain", target = "sink";
-  const form = add("form", { action: kv + path, method, enctype, target });
-  form.append(add("input", { name: "changed", value: "value" }));
-  form.submit();
-  const sink = document.querySelector("iframe");
-  await loaded(sink);
-  return text(sink);
-}
-
-const attempts = {
-  script, frame, "form": () => post("/kv/script"), "form /clear": () => post("/clear"),
-};
-for (const mode of ["cors", "no-cors"]) {
-  for (const method of ["GET", "POST", "PUT", "DELETE"]) {
-    const body = method[0] === "P" ? "changed" : undefined;
-    attempts[`${mode} ${method}`] = () => read("/kv/script", { mode, method, body });
-  }
-}
-attempts["DELETE /clear"] = () => read("/clear", { method: "DELETE" });
-
-onload = async () => {
-  await tell('"loaded"');
-  let status = 404;  // of the server of this page
-  while (status === 404) {
-    await new Promise((resolve) => setTimeout(resolve, 20));
-    ({ status } = await fetch(kv + "/health", { mode: "no-cors" }).catch(() => ({ status })));
-  }
-  const report = {};
-  for (const what in attempts) {
-    report[what] = await attempts[what]().catch((error) => error.name);
-  }
-  await tell(JSON.stringify(report));
-};
-</script>
-"""
-
-
-class PageServer(http.server.ThreadingHTTPServer):
-    """Serves the page, and takes what it tells."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", free_port()), PageHandler)
-        self.told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class PageHandler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/" else 404)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(PAGE)
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        cast(PageServer, self.server).told.put(json.loads(body))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@unittest.skipUnless(found("chromium"), "needs Chromium")
-class BrowserTest(KVTest):
-    SCRIPT = "window.stolen = 'the secret';"
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.write_snapshot({"script": self.SCRIPT})
-
-    def serve_pages(self) -> PageServer:
-        pages = PageServer()
-        self.addCleanup(pages.server_close)
-        self.addCleanup(pages.shutdown)
-        return pages
-
-    def chromium(self, *arguments: str) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-        """With every name meaning this host, so that nothing is sent to another one."""
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"]
-        command += ["--no-first-run", "--disable-background-networking", "--disable-sync"]
-        command += ["--disable-component-update", "--host-resolver-rules=MAP * 127.0.0.1"]
-        command += [f"--user-data-dir={tempfile.mkdtemp(dir=self.top)}", *arguments]
-        return running(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-    def test_a_page_of_another_origin_reads_and_changes_nothing(self) -> None:
-        server, pages = self.start("--verbose"), self.serve_pages()
-        origin = f"http://127.0.0.1:{pages.server_port}/"
-        with self.chromium(f"{origin}#http://127.0.0.1:{server.port},{origin}"):
-            self.assertEqual(pages.told.get(timeout=DEADLINE), "loaded")
-            report = pages.told.get(timeout=DEADLINE)
-        self.assertEqual(report.pop("script"), "undefined")
-        self.assertEqual({report.pop("no-cors GET"), report.pop("no-cors POST")}, {"opaque 0 "})
-        self.assertEqual(set(report.values()), {None, "TypeError"})
-        self.assertEqual(server.get("script"), self.SCRIPT)
-        # It has been asked for all this, except that nobody sends PUT or DELETE without CORS.
-        server.wait_for_log("'GET /kv/script HTTP/1.1' 200")
-        for method in ("OPTIONS", "POST"):
-            for path in ("/kv/script", "/clear"):
-                server.wait_for_log(f"'{method} {path} HTTP/1.1' 405")
-
-    def test_a_page_whose_host_comes_to_mean_this_one(self) -> None:
-        """DNS rebinding: a page may read its own origin, which is a name and a port."""
-        pages, evil = self.serve_pages(), self.serve_pages()
-        origin = f"http://attacker.example:{evil.server_port}"
-        with self.chromium(f"{origin}/#{origin},http://127.0.0.1:{pages.server_port}"):
-            self.assertEqual(pages.told.get(timeout=DEADLINE), "loaded")
-            evil.shutdown()
-            evil.server_close()
-            server = self.start(f"--port={evil.server_port}")
-            report = pages.told.get(timeout=DEADLINE)
-        refused = "misdirected request\n"
-        self.assertEqual(report.pop("script"), "undefined")
-        self.assertEqual({report.pop("no-cors PUT"), report.pop("no-cors DELETE")}, {"TypeError"})
-        self.assertEqual(set(report.values()), {refused, f"basic 421 {refused}"})
-        self.assertEqual(server.get("script"), self.SCRIPT)
-
-    def test_names_of_this_host(self) -> None:
-        server = self.start()
-        for host in ("127.0.0.1", "localhost", "kv.localhost", "kv"):
-            url = f"http://{host}:{server.port}/kv/script"
-            with self.chromium("--dump-dom", url) as browser:
-                self.assertIn(self.SCRIPT, browser.communicate(timeout=DEADLINE)[0], host)
+        for name, port_at, text, command in (
+            (
+                "nginx",
+                "listen 127.0.0.1:8000",
+                "daemon off; master_process off; pid nginx.pid; error_log stderr; events {}"
+                f"http {{ access_log off; {paths} % }}",
+                ["nginx", "-p", str(self.top), "-c"],
+            ),
+            ("haproxy", "bind 127.0.0.1:8000", "%", ["haproxy", "-db", "-f"]),
+        ):
+            with self.subTest(name), self.start() as server:
+                port, readme = free_port(), (HERE / "README.md").read_text()
+                (block,) = re.findall(rf"```{name}\n(.*?)```", readme, re.DOTALL)
+                listen = f"{port_at.split()[0]} 127.0.0.1:{port}"
+                for old, new in (("127.0.0.1:8080", f"127.0.0.1:{server.port}"), (port_at, listen)):
+                    self.assertIn(old, block)
+                    block = block.replace(old, new)
+                configuration = self.top / f"{name}.conf"
+                configuration.write_text(text.replace("%", block))
+                with running([*command, str(configuration)], stderr=subprocess.DEVNULL):
+                    wait_until(functools.partial(listens, port), "the proxy")
+                    self.store_and_read(port)
+                    with Client(port) as client:
+                        large = b"x" * kv.MAX_VALUE
+                        self.assertEqual(client.request("PUT", "/kv/large", large).status, 200)
+                        client.request("DELETE", "/kv/large")
+                self.check_stored(server)
 
 
 # ---- README: its commands, as they stand there ----
 
 
 class ReadmeTest(KVTest):
+    """Each block does what it says when it is pasted whole; only ports and places are changed."""
+
     PAIRS: ClassVar = {"a": "päivää 🌍\n", "-b:c": "two words", "c": "'\"$\\"}
+    README: ClassVar = (HERE / "README.md").read_text()
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.directory.mkdir()
-        for name in ("kv.py", "run.sh", "README.md"):
-            shutil.copy(HERE / name, self.directory)
-
-    def run_block(
-        self,
-        start: str,
-        *changes: tuple[str, str],
-        code: int = 0,
-        env: dict[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        """Run the block of shell commands that begins like that."""
-        readme = (HERE / "README.md").read_text()
-        blocks = re.findall(r"```(sh|bash)\n(.*?)```", readme, re.DOTALL)
-        ((shell, block),) = (found for found in blocks if found[1].startswith(start))
+    def block(self, language: str, part: str, *changes: tuple[str, str]) -> str:
+        """The block in that language that has this in it."""
+        blocks = re.findall(rf"```{language}\n(.*?)```", self.README, re.DOTALL)
+        (block,) = (block for block in blocks if part in block)
         for old, new in changes:
             self.assertIn(old, block)
             block = block.replace(old, new)
+        return str(block)
+
+    def run_block(self, block: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        """Paste it into a shell in a directory that has what a clone has."""
+        self.directory.mkdir(exist_ok=True)
+        for name in ("kv.py", "run.sh"):
+            shutil.copy(HERE / name, self.directory)
         run = subprocess.run(
-            [shell, "-ec", block],
+            ["bash", "-c", block],
             cwd=self.directory,
-            env={**os.environ, "no_proxy": "*", "PYTHON": sys.executable, **(env or {})},
+            env={**os.environ, "no_proxy": "*", "PYTHON": sys.executable, **env},
             capture_output=True,
             text=True,
             timeout=DEADLINE,
@@ -3876,157 +2918,122 @@ class ReadmeTest(KVTest):
         return run
 
     def test_the_tests_that_it_names_exist(self) -> None:
-        names = re.findall(r"\*(\w+Test)(?:\.(test_\w+))?\*", (HERE / "README.md").read_text())
+        names = re.findall(r"\b(\w+Test)(?:\.(test_\w+))?\b", self.README)
         self.assertGreater(len(names), 10)
         for name, method in names:
-            self.assertTrue(hasattr(globals()[name], method or "setUp"), (name, method))
+            self.assertTrue(hasattr(globals()[name], method or "setUp"), f"{name} {method}")
+        for name in vars(BeyondTest):
+            self.assertTrue(not name.startswith("test_") or f".{name}" in self.README, name)
 
-    def test_the_start(self) -> None:
-        shutil.copy(HERE / "test_kv.py", self.directory)
-        printed = self.run_block(
-            "python3", ("test_kv.py", "test_kv.py StoreTest"), ("./run.sh", "./run.sh --version")
-        )
-        self.assertRegex(printed.stdout, r"^kv\.py [\d.]+\n$")
-        self.assertRegex(printed.stderr, r"\nOK\n$")
+    @unittest.skipUnless(found("curl"), "needs curl")
+    def test_hello(self) -> None:
+        port = str(self.port)
+        changes = ("./run.sh", f"./run.sh --port={port}"), ("localhost:8080", f"localhost:{port}")
+        printed = self.run_block(self.block("sh", "run.sh &", *changes))
+        self.assertEqual(printed.stdout, "ok\nhello\n" * 2)
+        self.assertEqual(printed.stderr.count("kv.py: saved 1 pair"), 2)
 
-    @unittest.skipUnless(found("curl", "cmp"), "needs curl")
-    def test_the_curl_session(self) -> None:
+    def test_the_python_client(self) -> None:
         server = self.start()
-        printed = self.run_block("curl", ("localhost:8080", f"127.0.0.1:{server.port}"))
-        self.assertRegex(printed.stdout, r"(?s)^hello\nsame\nHTTP/1\.1 404 .*key not found\nok\n$")
+        code = self.block("python", "urlopen", (":8080", f":{server.port}"))
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        self.assertEqual((run.stdout, run.stderr), ("päivää\n", ""))
+
+    @unittest.skipUnless(found("pgrep"), "needs pgrep")
+    def test_backup_and_restore(self) -> None:
+        server = self.start()
+        # The pattern finds this server, and none of other tests.
+        this_one = ("kv[.]py'", f"kv[.]py .*{re.escape(str(self.directory))}'")
+        for value in ("1", "2"):
+            server.request("PUT", "/kv/a", value.encode())
+            self.run_block(self.block("sh", "kill -USR1", this_one))
+            backup = kv.read_pairs(str(self.directory / "kv-backup.pickle"))
+            self.assertEqual(backup, {"a": value})
+        server.request("PUT", "/kv/a", b"3")
+        version = ("./run.sh", "./run.sh --version")
+        # The block waits until this process, too, has been told of the server's end.
+        threading.Thread(target=server.process.wait, daemon=True).start()
+        self.run_block(self.block("sh", "cp kv-backup.pickle kv.pickle", this_one, version))
+        self.assertEqual(self.start().get("a"), "2")
+
+    def test_the_unit_and_the_dockerfile_start_it(self) -> None:
+        unit = self.block("ini", "ExecStart")
+        (line,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+        (entry,) = re.findall(r"^ENTRYPOINT (.*)$", self.block("dockerfile", "FROM"), re.MULTILINE)
+        for command in (line.split(), json.loads(entry)):
+            changes = {"/opt/kv/kv.py": str(HERE / "kv.py"), "/kv.py": str(HERE / "kv.py")}
+            changes |= {"/var/lib/kv": str(self.directory), "/data": str(self.directory)}
+            arguments = [changes.get(each, each) for each in command[1:]]
+            program = Program([sys.executable, *arguments], self.directory, self.port)
+            with program:
+                program.wait_until_ready()
+                self.assertEqual(program.request("PUT", "/kv/a", b"1").status, 200)
+                self.assertEqual(program.stop(), 0)
+            self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     @unittest.skipUnless(found("redis-server", "redis-cli"), "needs Redis")
     def test_moving_to_redis(self) -> None:
         self.write_snapshot(self.PAIRS)
         port = str(free_port())
-        command = ["redis-server", "--port", port, "--save", "", "--bind", "127.0.0.1"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=self.top) as redis:
-            try:
-                wait_until(lambda: listens(int(port)), "Redis")
-                start = "set -o pipefail\n./run.sh --dump | python3 -c '\nimport json, sys"
-                here = ("redis-cli", f"redis-cli -p {port}")
-                printed = self.run_block(start, here, env={"LC_ALL": "C"})
-                self.assertIn("errors: 0, replies: 3", printed.stdout)
-                for key, value in self.PAIRS.items():
-                    get = ["redis-cli", "-p", port, "--raw", "get", key]
-                    self.assertEqual(subprocess.check_output(get).decode(), value + "\n")
-                self.snapshot.unlink()
-                self.run_block(start, here, code=1)
-            finally:
-                redis.kill()
+        block = self.block("bash", "redis-cli", ("redis-cli", f"redis-cli -p {port}"))
+        redis = ["redis-server", "--port", port, "--save", "", "--bind", "127.0.0.1"]
+        with running(redis, stdout=subprocess.DEVNULL, cwd=self.top):
+            wait_until(functools.partial(listens, int(port)), "Redis")
+            self.assertIn("errors: 0, replies: 3", self.run_block(block, LC_ALL="C").stdout)
+            for key, value in self.PAIRS.items():
+                get = ["redis-cli", "-p", port, "--raw", "get", key]
+                self.assertEqual(subprocess.check_output(get).decode(), value + "\n")
+            self.snapshot.unlink()
+            self.run_block(block, code=1)
 
     @unittest.skipUnless(found("etcd", "etcdctl"), "needs etcd")
     def test_moving_to_etcd(self) -> None:
-        self.write_snapshot(self.PAIRS)
-        port = free_port()
-        url, peers = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+        self.write_snapshot({**self.PAIRS, "large": "x" * 2_000_000})
+        port, peers = free_port(), f"http://127.0.0.1:{free_port()}"
+        url = f"http://127.0.0.1:{port}"
         environment = {"ETCDCTL_API": "3", "ETCDCTL_ENDPOINTS": url}
-        command = ["etcd", "--data-dir", str(self.top / "etcd"), "--listen-peer-urls", peers]
-        command += ["--listen-client-urls", url, "--advertise-client-urls", url]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as etcd:
-            try:
-                wait_until(lambda: listens(port), "etcd")
-                start = "set -o pipefail\n./run.sh --dump | python3 -c '\nimport json, subprocess"
-                self.run_block(start, env=environment)
-                for key, value in self.PAIRS.items():
-                    get = ["etcdctl", "get", "--print-value-only", "--", key]
-                    answer = subprocess.check_output(get, env={**os.environ, **environment})
-                    self.assertEqual(answer.decode(), value + "\n")
-                self.write_snapshot({"large": "x" * 2_000_000, "later": "1"})
-                printed = self.run_block(start, code=1, env=environment)
-                self.assertIn("refused: large\n", printed.stderr)
-                self.assertEqual(printed.stdout, "OK\n")
-            finally:
-                etcd.kill()
+        etcd = ["etcd", "--data-dir", str(self.top / "etcd"), "--listen-peer-urls", peers]
+        etcd += ["--listen-client-urls", url, "--advertise-client-urls", url]
+        with running(etcd, stderr=subprocess.DEVNULL):
+            wait_until(functools.partial(listens, port), "etcd")
+            printed = self.run_block(self.block("bash", "etcdctl"), code=1, **environment)
+            self.assertIn("refused: large\n", printed.stderr)
+            for key, value in self.PAIRS.items():
+                get = ["etcdctl", "get", "--print-value-only", "--", key]
+                answer = subprocess.check_output(get, env={**os.environ, **environment})
+                self.assertEqual(answer.decode(), value + "\n")
 
 
 # ---- Soak: for a long time ----
 
 
-def soak(minutes: float) -> int:
-    """Many requests, then shutdowns under load and hostile bytes; return how much was lost."""
+def soak(minutes: float) -> None:
+    """Many requests, then shutdowns under load and hostile bytes; whatever is wrong ends it."""
     with tempfile.TemporaryDirectory(prefix="kv-soak-") as top:
         with ServerProcess(Path(top) / "many") as server:
-            load_server(server, 1_000, 1_000)
-            before = server.resident_bytes(), server.threads(), server.descriptors()
-            load_server(server, 200_000, 20_000)
-            after = server.resident_bytes(), server.threads(), server.descriptors()
-        print("resident bytes, threads, descriptors after 2,000 requests:", *before)
-        print("the same after 200,000 more and 20,000 more connections:  ", *after, flush=True)
-        with ServerProcess(Path(top) / "reader") as server:
-            idle = server.descriptors()
-            server.request("PUT", "/kv/large", b"x" * 10_000_000)
-            with server.connect() as client:
-                client.send(request("GET", "/kv/large") * 5)  # and does not read the answers
-                begin = time.monotonic()
-                wait_until(lambda: server.descriptors() == idle + 1, "only that connection")
-                wait_until(lambda: server.descriptors() == idle, "it is given up", 90)
-            seconds = time.monotonic() - begin
-            print(f"a client that never reads was given up after {seconds:.0f} s", flush=True)
+            for requests, connections in ((1_000, 1_000), (200_000, 20_000)):
+                load_server(server, requests, connections)
+                figures = server.resident_bytes(), server.threads(), server.descriptors()
+                print(f"after {requests:,} requests: bytes, threads, descriptors", *figures)
         end = time.monotonic() + minutes * 60
         seed = time.time_ns() % 1_000_000
         acknowledged = cycles = 0
-        lost: list[str] = []
         while time.monotonic() < end:
             with ServerProcess(Path(top) / "fuzz") as server:
                 fuzz(server, 5_000, seed)
                 assert server.stop() == 0
                 assert "kv.py: error" not in server.log, server.log
-            report = shutdowns_under_load(
-                Path(top) / f"load-{seed}", 25, seed, 3.0, "--save-every=1"
-            )
-            acknowledged += report.acknowledged
-            lost += report.lost
-            cycles += 25
-            seed += 1
+            directory = Path(top) / f"load-{seed}"
+            acknowledged += shutdowns_under_load(directory, 25, seed, "--save-every=1")
+            cycles, seed = cycles + 25, seed + 1
             print(
                 f"{(end - time.monotonic()) / 60:5.1f} minutes left, seed {seed}:"
-                f" {cycles} shutdowns, {acknowledged:,} writes acknowledged, {len(lost)} lost",
+                f" {cycles} shutdowns, {acknowledged:,} writes acknowledged, none lost",
                 flush=True,
             )
-    print(*lost, sep="\n")
-    return len(lost)
 
 
 # ---- Bench: kv.py beside the textbook and the least that a server can do ----
-
-
-def textbook(port: int) -> None:
-    """What the documentation of http.server leads to, with a listen queue that is long enough."""
-    store: dict[str, bytes] = {}
-    lock = threading.Lock()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self, status: int, body: bytes = b"") -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", "text/plain")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            with lock:
-                value = store.get(self.path)
-            self.answer(200 if value else 404, value or b"key not found\n")
-
-        def do_PUT(self) -> None:
-            value = self.rfile.read(int(self.headers["Content-Length"]))
-            with lock:
-                store[self.path] = value
-            self.answer(200)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class TextbookServer(http.server.ThreadingHTTPServer):
-        request_queue_size = 4096
-
-        def handle_error(self, *_: object) -> None:
-            pass
-
-    TextbookServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def bare_sockets(port: int) -> None:
@@ -4125,11 +3132,17 @@ def bench() -> None:
             with contextlib.ExitStack() as stack:
                 if name == "kv.py":
                     port = stack.enter_context(ServerProcess(Path(top) / "kv")).port
+                elif name == "http.server":
+                    # With a listen queue that is long enough to be measured at all.
+                    changes = "daemon_threads = False", "request_queue_size = 4096"
+                    command = [sys.executable, "-c", FIRST_VERSION.replace(*changes)]
+                    program = Program(command, Path(top), free_port())
+                    stack.enter_context(program).wait_until_ready()
+                    port = program.port
                 else:
                     port = free_port()
-                    target = textbook if name == "http.server" else bare_sockets
                     process = multiprocessing.get_context("fork").Process(
-                        target=target, args=[port]
+                        target=bare_sockets, args=[port]
                     )
                     process.start()
                     stack.callback(process.join)
@@ -4175,21 +3188,12 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     ours, plain = seconds_of(start_and_stop, lambda: subprocess.run(imports, check=True))
     yield "start, plain: importing http.server", ours, plain, "s"
 
-    progress("64 busy clients")
-    puts = [put(f"key{number}", "value") for number in range(1000)]
-    pairs_of_rates = []
-    for _ in range(3):
-        with ServerProcess(top / "first") as server:
-            first, _, last = (requests_per_second(server.port, 64, puts, 0.3) for _ in range(3))
-            pairs_of_rates.append((first / 1000, last / 1000))
-    yield "first PUTs of 64 clients, plain: later", *sorted(pairs_of_rates)[1], "1,000/s"
-
     progress("10,000 clients at once")
     allow_descriptors(10_100)
     with ServerProcess(top / "burst") as server:
         requests = [put(f"key{number}", "value") for number in range(10_000)]
         begin = time.monotonic()
-        answers = burst(server.port, requests, 15)
+        answers = burst(server.port, requests)
         assert answers == {"200": 10_000}, answers
         yield "10,000 clients PUT at the same instant", time.monotonic() - begin, 0, "s"
 
@@ -4198,18 +3202,14 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     number = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
     with ServerProcess(top / "idle") as server, contextlib.ExitStack() as stack:
         stack.enter_context(server.connect()).request("GET", "/health")
-        gets = [request("GET", "/health")]
-        before = requests_per_second(server.port, 64, gets, 1.0)
         resident = server.resident_bytes() if sys.platform == "linux" else 0
         for _ in range(number):
             client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-            client.send(gets[0])
+            client.send(request("GET", "/health"))
             client.recv(1000)
         if resident:
             each = (server.resident_bytes() - resident) / number / 1024
             yield f"memory of one of {number:,} idle connections", each, 0, "KiB"
-        beside = requests_per_second(server.port, 64, gets, 1.0)
-        yield "GET beside them, plain: without", beside / 1000, before / 1000, "1,000/s"
         begin = time.monotonic()
         server.stop()
         yield "SIGTERM to exit with them", time.monotonic() - begin, 0, "s"
@@ -4242,19 +3242,6 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     yield "load 1,000,000 pairs, plain: pickle.load", ours, plain, "s"
     os.close(snapshot._locked)
     with ServerProcess(top / "large") as server:
-        # From all over the dict, as the processor's cache would hold a few.
-        keys = list(pairs)
-        many = [request("GET", f"/kv/{key}") for key in random.sample(keys, 20_000)]
-        some = [request("GET", f"/kv/{key}") for key in keys[:1000]]
-        rates = []
-        with ServerProcess(top / "few") as few:
-            for key in keys[:1000]:
-                few.request("PUT", f"/kv/{key}", pairs[key].encode())
-            for _ in range(3):
-                ours = requests_per_second(server.port, 64, many, 1.0) / 1000
-                plain = requests_per_second(few.port, 64, some, 1.0) / 1000
-                rates.append((ours / plain, ours, plain))
-        yield "GET, 1,000,000 keys, plain: 1,000", *sorted(rates)[1][1:], "1,000/s"
         with server.connect() as asking:
             slowest = []
             for name in ("one", "two"):
@@ -4280,7 +3267,7 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
 
 
 def run_all() -> bool:
-    """Run each class in a process of its own, four at a time, as most of a test is waiting."""
+    """Run each class in a process of its own, some at a time, as most of a test is waiting."""
 
     def run(name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, __file__, "-v", name]
@@ -4290,7 +3277,13 @@ def run_all() -> bool:
         )
 
     begin = time.monotonic()
-    names = [name for name in globals() if name.endswith("Test") and name != "KVTest"]
+    names: list[str] = []
+    for name in globals():
+        if name in ("BeyondTest", "ShutdownTest"):  # each test, as they take long
+            names += [f"{name}.{test}" for test in vars(globals()[name]) if test.startswith("test")]
+        elif name.endswith("Test") and name not in ("KVTest", "ProgramTest"):
+            names.append(name)
+    names.sort(key=lambda name: name != "FirstVersionTest")  # which takes longest
     number = failed = 0
     skipped: collections.Counter[str] = collections.Counter()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -4303,7 +3296,7 @@ def run_all() -> bool:
                 print(result.stdout)
             print(f"{name}: {ran[0] if ran else 'did not run'}", flush=True)
     seconds = time.monotonic() - begin
-    outcome = f"{failed} classes failed" if failed else "OK"
+    outcome = f"{failed} failed" if failed else "OK"
     reasons = ", ".join(f"{count}x {reason}" for reason, count in skipped.items())
     print(f"{number} tests in {seconds:.0f} s: {outcome}; skipped: {reasons or 'none'}")
     return failed == 0
@@ -4312,10 +3305,21 @@ def run_all() -> bool:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # children of `&` would ignore it
     if sys.argv[1:2] == ["soak"]:
-        return 1 if soak(float(sys.argv[2]) if sys.argv[2:] else 10) else 0
+        soak(float(sys.argv[2]) if sys.argv[2:] else 10)
+        return 0
     if sys.argv[1:] == ["bench"]:
         bench()
         return 0
+    if sys.argv[1:2] == ["--check"]:
+        _, _, program, class_name, name, seconds = sys.argv
+        check(program, class_name, name, float(seconds))
+        return 0
+    if sys.argv[1:2] == ["--run"] and sys.argv[2:]:
+        program = os.path.abspath(sys.argv[2])
+        if not does_start([program]):
+            return 1
+        outcomes = check_program(program, sys.argv[3:])
+        return 0 if all(outcomes[name] for name in vars(AskedForTest) if name in outcomes) else 1
     if not sys.argv[1:]:
         return 0 if run_all() else 1
     unittest.main()
