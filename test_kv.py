@@ -299,6 +299,12 @@ class ProgramTest(unittest.TestCase):
     def check(self, answer: Answer, status: int, body: bytes = b"") -> None:
         self.assertEqual((answer.status, answer.body), (status, body))
 
+    def store_at_once(self, program: Program, number: int) -> dict[str, str]:
+        pairs = {f"key{n}": f"value {n}" for n in range(number)}
+        requests = list(itertools.starmap(put, pairs.items()))
+        self.assertEqual(pooled_burst(program.port, requests), {"200": number})
+        return pairs
+
 
 class Loop:
     """One of the clients of `keep_alive`: sends a request when the one before is answered."""
@@ -592,10 +598,7 @@ class AskedForTest(ProgramTest):
 
     def test_100_puts_at_once_to_many_keys_and_to_one(self) -> None:
         program = self.launch()
-        pairs = {f"key{number}": f"value{number}" for number in range(100)}
-        self.assertEqual(
-            pooled_burst(program.port, list(itertools.starmap(put, pairs.items()))), {"200": 100}
-        )
+        pairs = self.store_at_once(program, 100)
         self.assertEqual(program.read(pairs), pairs)
         to_one = [put("one", value) for value in pairs.values()]
         self.assertEqual(pooled_burst(program.port, to_one), {"200": 100})
@@ -604,9 +607,7 @@ class AskedForTest(ProgramTest):
     def test_10_000_puts_at_once_of_a_pool_are_there_after_a_restart(self) -> None:
         allow_descriptors(10_100)
         program = self.launch()
-        pairs = {f"key{number}": f"value {number}" for number in range(10_000)}
-        requests = list(itertools.starmap(put, pairs.items()))
-        self.assertEqual(pooled_burst(program.port, requests), {"200": 10_000})
+        pairs = self.store_at_once(program, 10_000)
         self.assertEqual(self.restart(program).read(pairs), pairs)
 
     def test_six_restarts_in_a_row(self) -> None:
@@ -657,9 +658,7 @@ class BeyondTest(ProgramTest):
         """Who closes idle connections for want of descriptors hits requests on their way."""
         allow_descriptors(10_100)
         program = self.launch(preexec_fn=limited("NOFILE", 256))
-        pairs = {f"key{number}": f"value {number}" for number in range(10_000)}
-        requests = list(itertools.starmap(put, pairs.items()))
-        self.assertEqual(pooled_burst(program.port, requests), {"200": 10_000})
+        pairs = self.store_at_once(program, 10_000)
         self.assertEqual(self.restart(program).read(pairs), pairs)
 
     def test_pool_of_150_clients_through_three_restarts(self) -> None:
@@ -729,7 +728,7 @@ class BeyondTest(ProgramTest):
     def test_busy_clients_at_sigterm_drain_and_lose_nothing_acknowledged(self) -> None:
         """A third of them without a pause, the others with one of up to 4 or 60 ms."""
         chance = random.Random(1)
-        for number in (64, 200) * 4:
+        for number in (64, 200, 64, 200):
             program = self.launch()
             program.request("DELETE", "/clear")
             loops = [
@@ -811,18 +810,15 @@ class BeyondTest(ProgramTest):
         self.assertEqual(self.launch().get("old"), "1")
 
     def test_second_signal_does_not_cost_the_save(self) -> None:
-        """Whether it comes at once or while a client is waited for."""
         program = self.launch()
-        for pause in (0.0, 1.5):
-            self.client(program).send(put("stalled", "value")[:-1])
-            program.request("PUT", f"/kv/{pause}", b"1")
+        self.client(program).send(put("stalled", "value")[:-1])
+        program.request("PUT", "/kv/a", b"1")
+        program.send_signal()
+        time.sleep(1.5)  # as somebody who has lost patience
+        with contextlib.suppress(ProcessLookupError):
             program.send_signal()
-            time.sleep(pause)
-            with contextlib.suppress(ProcessLookupError):
-                program.send_signal()
-            self.assertEqual(program.exit_code(), 0)
-            program = self.launch()
-            self.assertEqual(program.get(str(pause)), "1")
+        self.assertEqual(program.exit_code(), 0)
+        self.assertEqual(self.launch().get("a"), "1")
 
     def test_request_with_two_ends(self) -> None:
         """RFC 9112 6.3: what one takes for the body may be a request to another."""
@@ -970,7 +966,7 @@ def check_program(program: str, words: list[str]) -> dict[str, bool]:
     """Hold a program against what the challenge asks for, and against what goes wrong next.
 
     Prints a line for each test whose name has one of the words, and returns how it went. Each test
-    has a process of its own, three at a time, as most of it is waiting. All of them together take
+    has a process of its own, four at a time, as most of it is waiting. All of them together take
     three minutes at most: the last one begins in time for the waiting in it to end.
     """
     end = time.monotonic() + 140
@@ -986,7 +982,7 @@ def check_program(program: str, words: list[str]) -> dict[str, bool]:
     readme = (HERE / "README.md").read_text().split("\n\n")
     outcomes: dict[str, bool] = {}
     summary = []
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
         runs = {
             kind: {
                 name: pool.submit(run, class_, name)
@@ -1005,7 +1001,10 @@ def check_program(program: str, words: list[str]) -> dict[str, bool]:
                 print(f"{'FAILS' if reason else 'ok':6} {text}", flush=True)
                 if reason:
                     chapter = [text for text in readme if f".{name}" in text] or ["**The API**"]
-                    print(f"       {reason}\n       see: {chapter[0].split('**')[1]}", flush=True)
+                    print(
+                        f"       {reason}\n       see: {chapter[0].split('**')[1].rstrip('.')}",
+                        flush=True,
+                    )
             held = [outcomes[name] for name in tests]
             summary.append(f"{kind}: {sum(held)} of {len(held)}")
     print(", ".join(summary))
@@ -1072,8 +1071,11 @@ class ServerProcess(Program):
         assert match, f"exit code {self.process.returncode}: {self.log}"
         self.port = int(match[1])
 
-    def wait_for_log(self, text: str) -> None:
-        wait_until(lambda: text in self.log, f"{text!r} in the log")
+    def wait_for_log(self, pattern: str) -> None:
+        try:
+            wait_until(lambda: re.search(pattern, self.log), pattern)
+        except AssertionError as error:
+            raise AssertionError(f"{error}, but {self.log}") from None
 
     # What Linux tells of a process, and allows it. The tests that need it are skipped elsewhere.
 
@@ -1089,14 +1091,12 @@ class ServerProcess(Program):
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
-    def address_space_bytes(self) -> int:
-        return self.pages()[0] * resource.getpagesize()
+    def address_space_bytes(self, which: int = 0) -> int:
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[which]
+        return int(pages) * resource.getpagesize()
 
     def resident_bytes(self) -> int:
-        return self.pages()[1] * resource.getpagesize()
-
-    def pages(self) -> list[int]:
-        return [int(n) for n in Path(f"/proc/{self.process.pid}/statm").read_text().split()]
+        return self.address_space_bytes(1)
 
     def cpu_seconds(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -1153,15 +1153,6 @@ class KVTest(ProgramTest):
         time.sleep(1)  # the time over which is measured
         self.assertLess(server.cpu_seconds() - before, 0.3)
 
-    def mount(self, *command: str) -> None:
-        """Mount something at the working directory."""
-        self.directory.mkdir(exist_ok=True)
-        if not shutil.which(command[0]) or subprocess.run(command).returncode:
-            self.skipTest("may not mount a file system")
-        for register in (self.addCleanup, atexit.register):
-            umount = ["umount", "-lq", str(self.directory)]
-            register(subprocess.run, umount, stderr=subprocess.DEVNULL)
-
     def assert_refuses_to_start(
         self, reason: str, *arguments: str, code: int = 1, **options: Any
     ) -> None:
@@ -1174,38 +1165,27 @@ class KVTest(ProgramTest):
         self.assertIn(reason, line)
 
 
-def receive_queue(port: int, client_port: int = 0) -> int:
-    """How many bytes from that client, or connections, the server has not taken yet."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        ports = [int(address.partition(":")[2], 16) for address in fields[1:3]]
-        if ports == [port, client_port]:
-            return int(fields[4].partition(":")[2], 16)
-    return 0
+def wait_until_stopping(server: ServerProcess) -> None:
+    """Until the listener is closed; connecting would take until the client's kernel tries again."""
+    listener = f":{server.port:04X} 00000000:0000 0A"
+
+    def is_closed() -> bool:
+        with open("/proc/net/tcp") as file:
+            return listener not in file.read(1 << 16)  # the listeners come first
+
+    wait_until(is_closed, "the listener is closed")
 
 
 def wait_until_read(server: ServerProcess, client: Client) -> None:
     """Until the server has taken everything that the client has sent."""
-    port = client.socket.getsockname()[1]
-    wait_until(lambda: receive_queue(server.port, port) == 0, "all is read")
+    ports = f":{server.port:04X} 0100007F:{client.socket.getsockname()[1]:04X} 01 "
+    queues = re.compile(rf"{ports}\w+:(\w+)")
 
+    def is_read() -> bool:
+        match = queues.search(Path("/proc/net/tcp").read_text())
+        return bool(match and not int(match[1], 16))
 
-def load_server(server: ServerProcess, requests: int, connections: int) -> None:
-    """Requests with other header fields each time, 50 in a packet; then one per connection."""
-    with server.connect() as client:
-        for first in range(0, requests, 50):
-            numbers = range(first, first + 50)
-            client.send(
-                b"".join(
-                    request("PUT", f"/kv/{number % 100}", b"x" * 100, f"X-Number: {number}")
-                    for number in numbers
-                )
-            )
-            for _ in numbers:
-                assert client.receive().status == 200
-    for number in range(connections):
-        answer = server.request("GET", "/kv/1", None, f"X-Large: {number:020000}")
-        assert answer.status == 200
+    wait_until(is_read, "all is read")
 
 
 def found(*commands: str) -> bool:
@@ -1222,17 +1202,13 @@ def be_bound_by_permissions() -> None:
 
 def interpreters(*minors: int) -> list[str]:
     """Every CPython of these minor versions that can be found, one of each, oldest first."""
-    found: dict[tuple[int, ...], str] = {}
-    minors = minors or tuple(range(9, 30))
-    candidates = [sys.executable, *filter(None, (shutil.which(f"python3.{n}") for n in minors))]
-    candidates += map(str, Path.home().glob(".pyenv/versions/*/bin/python3"))
-    script = "import sys; print(*sys.version_info[:2])"
-    for candidate in candidates:
-        run = subprocess.run([candidate, "-c", script], capture_output=True, text=True)
-        version = tuple(map(int, run.stdout.split())) if run.returncode == 0 else ()
-        if version[1:] and version[1] in minors:
-            found.setdefault(version, candidate)
-    return [found[version] for version in sorted(found)]
+    found = {sys.version_info[1]: sys.executable}
+    for minor in range(40):
+        pyenv = Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3")
+        for python in (*map(str, pyenv), shutil.which(f"python3.{minor}")):
+            if python and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+                found.setdefault(minor, python)
+    return [found[minor] for minor in minors or range(9, 40) if minor in found]
 
 
 # ---- Snapshot ----
@@ -1301,25 +1277,18 @@ class SnapshotTest(KVTest):
     def test_a_snapshot_that_is_truncated_while_it_is_loaded(self) -> None:
         """One line and exit code 1, or it was read before."""
         self.write_snapshot({f"key{number}": "x" * 1_000_000 for number in range(40)})
-        whole = self.snapshot.read_bytes()
-        codes = collections.Counter[int]()
-        delay = 0.15
+        whole, delay, codes = self.snapshot.read_bytes(), 0.15, set[int]()
         for _ in range(10):
             self.snapshot.write_bytes(whole)
-            server = self.start(ready=False)
-            time.sleep(delay)  # a moment in the load, sooner or later
-            os.truncate(self.snapshot, 1_000_000)
-            with contextlib.suppress(AssertionError):
-                server.wait_until_ready()
-            if server.process.poll() is None:
-                server.send_signal(signal.SIGKILL)
-            code = server.exit_code()
-            self.assertIn(code, (1, -signal.SIGKILL), server.log)
-            self.assertEqual(server.log.count("\n"), 1, server.log)
-            self.assertIn("cannot load" if code == 1 else "40 pairs", server.log)
-            codes[code] += 1
-            delay *= 1.15 if code == 1 else 1 / 1.15
-        self.assertGreater(codes[1], 0)
+            with self.start(ready=False) as server:
+                time.sleep(delay)  # a moment in the load, sooner or later
+                os.truncate(self.snapshot, 1_000_000)
+                server.wait_for_log("cannot load .*\n$|^kv.py: 40 pairs .*\n$")
+                if "40 pairs" in server.log:
+                    server.send_signal(signal.SIGKILL)
+                codes.add(server.exit_code())
+                delay *= 1.15 if "cannot load" in server.log else 1 / 1.15
+        self.assertIn(codes, ({1}, {1, -signal.SIGKILL}))
 
     @on_linux
     def test_a_snapshot_that_does_not_fit_into_memory_is_not_called_invalid(self) -> None:
@@ -1336,17 +1305,14 @@ class SnapshotTest(KVTest):
         self.assertEqual(self.start().read(self.PAIRS), self.PAIRS)
 
     def test_only_the_owner_can_read_it(self) -> None:
-        """Whatever the umask, and the owner can."""
-        for umask in (0, 0o777):
-            self.directory = self.top / f"{umask:o}"
-            for _ in range(2):
-                with self.start(preexec_fn=functools.partial(os.umask, umask)) as server:
-                    server.request("PUT", "/kv/a", b"1")
-                    self.assertEqual(server.stop(), 0)
-                self.assertEqual(stat.S_IMODE(self.directory.stat().st_mode), 0o700)
-                self.assertEqual(stat.S_IMODE(self.snapshot.stat().st_mode), 0o600)
-                self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
-                (self.directory / "kv.pickle.tmp").write_text("left by a killed save")
+        """Whatever the umask, and whatever a killed save has left."""
+        for umask in (0, 0o777) * 2:
+            with self.start(preexec_fn=functools.partial(os.umask, umask)) as server:
+                self.assertEqual(server.stop(), 0)
+            self.assertEqual(stat.S_IMODE(self.directory.stat().st_mode), 0o700)
+            self.assertEqual(stat.S_IMODE(self.snapshot.stat().st_mode), 0o600)
+            self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
+            (self.directory / "kv.pickle.tmp").write_text("half")
 
     def test_every_python_reads_what_every_other_writes(self) -> None:
         pythons = interpreters()
@@ -1363,80 +1329,72 @@ class SnapshotTest(KVTest):
 # ---- API: what goes beyond the challenge ----
 
 
-class APITest(unittest.TestCase):
-    server: ServerProcess
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        top = tempfile.TemporaryDirectory(prefix="kv-test-")
-        cls.addClassCleanup(top.cleanup)
-        cls.server = ServerProcess(Path(top.name) / "data")
-        cls.addClassCleanup(cls.server.__exit__)
-
-    def setUp(self) -> None:
-        self.client = self.server.connect()
-        self.addCleanup(self.client.__exit__)
-
-    def check(self, answer: Answer, status: int, body: bytes) -> None:
-        self.assertEqual((answer.status, answer.body), (status, body))
+class APITest(KVTest):
+    def check_fields(self, answer: Answer) -> None:
         self.assertEqual(answer.fields["Content-Type"], "text/plain; charset=utf-8")
-        self.assertEqual(answer.fields["Content-Length"], str(len(body)))
         self.assertEqual(answer.fields["Cache-Control"], "no-store")
         # What a web page needs to read an answer, and what keeps a value from being a script.
         self.assertNotRegex("".join(answer.fields), "Access-Control")
         self.assertEqual(answer.fields["X-Content-Type-Options"], "nosniff")
-        self.assertRegex(
-            answer.fields["Date"], r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]+ GMT$"
-        )
+        date = r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]+ GMT$"
+        self.assertRegex(answer.fields["Date"], date)
 
-    def test_keys_that_are_escaped_or_long(self) -> None:
-        for key in ("..", "k" * 8000):
-            self.check(self.client.request("PUT", f"/kv/{key}", key.encode()), 200, b"")
-        self.client.request("PUT", "/kv/a:b_c.d-e", b"value")
-        self.check(self.client.request("GET", "/kv/%61%3ab_c%2Ed-e"), 200, b"value")
-
-    def test_bad_keys_are_refused_by_every_method(self) -> None:
-        text = b"key contains invalid characters; valid are A-Z a-z 0-9 : _ . -\n"
-        for method in ("GET", "PUT", "DELETE"):
-            escaped = ["%" + code for code in ("20", "2F", "C3%A4", "FF", "00", "25", "0A")]
-            for key in ("a/b", "a+b", "a~", *("a" + each for each in escaped)):
-                self.check(self.client.request(method, f"/kv/{key}", b"value"), 400, text)
-                self.assertEqual(self.client.request("HEAD", f"/kv/{key}").status, 400)
-
-    def test_a_value_of_10_mib_is_the_largest(self) -> None:
-        value = b"x" * 10 * 1024 * 1024
-        self.check(self.client.request("PUT", "/kv/large", value), 200, b"")
-        self.check(self.client.request("GET", "/kv/large"), 200, value)
-        self.check(self.client.request("PUT", "/kv/large", value + b"x"), 413, b"value too large\n")
+    def test_each_request_has_its_answer_with_the_same_fields(self) -> None:
+        client = self.client(self.start())
+        invalid = b"key contains invalid characters; valid are A-Z a-z 0-9 : _ . -\n"
+        unknown = b"not found; try /health or /kv/KEY\n"
+        long, largest, euros = "k" * 8000, b"x" * 10 * 1024 * 1024, "€".encode() * 3_000_000
+        for method, path, body, status, expected in (
+            ("GET", "/health", None, 200, b"ok\n"),
+            ("PUT", "/kv/a:b_c.d-e?query", b"value", 200, b""),
+            ("GET", "/kv/%61%3ab_c%2Ed-e", None, 200, b"value"),
+            ("PUT", "/kv/..", "\ufeff\0".encode(), 200, b""),
+            ("GET", "/kv/..", None, 200, "\ufeff\0".encode()),
+            ("PUT", f"/kv/{long}", euros, 200, b""),
+            ("GET", f"/kv/{long}", None, 200, euros),
+            ("PUT", "/kv/large", largest, 200, b""),
+            ("GET", "/kv/large", None, 200, largest),
+            ("PUT", "/kv/a", b"\xff", 400, b"value must be UTF-8 text\n"),
+            ("PUT", "/kv/a", None, 400, b"value cannot be empty\n"),
+            *((m, p, b"x", 404, unknown) for m in ("GET", "PUT", "POST") for p in ("/", "/kv")),
+            *(("GET", p, None, 404, unknown) for p in ("/KV/a", "//kv/a", "/clear/", "/kv%2Fa")),
+            *(
+                (method, f"/kv/a{key}", b"x", 400, invalid)
+                for method in ("GET", "PUT", "DELETE")
+                for key in ("/b", "+", "~", "%20", "%2F", "%C3%A4", "%FF", "%00", "%25", "%0A")
+            ),
+            ("PUT", "/kv/large", largest + b"x", 413, b"value too large\n"),  # and it is closed
+        ):
+            with self.subTest(f"{method} {path[:50]}"):
+                answer = client.request(method, path, body)
+                self.check(answer, status, expected)
+                self.check_fields(answer)
 
     def test_a_field_that_changes_what_a_write_means_is_refused(self) -> None:
-        self.client.request("PUT", "/kv/kept", b"value")
-        conditional = b"conditional writes are not supported: there are no entity tags here\n"
-        encoded = b"Content-Encoding is not supported: send the value as it is\n"
-        charset = b"a value is UTF-8 text, not of another charset\n"
-        for field, status, text in (
-            (
-                "Content-Range: bytes 5-9/10",
-                400,
-                b"Content-Range is not supported: send the whole value\n",
-            ),
-            ("If-Match: *", 501, conditional),
-            ("If-None-Match: *", 501, conditional),
-            ("If-Unmodified-Since: Mon, 01 Jan 2024 00:00:00 GMT", 501, conditional),
-            ("Content-Encoding: gzip", 415, encoded),
-            ("content-encoding: identity, BR", 415, encoded),
-            ("Content-Type: text/plain; charset=ISO-8859-1", 415, charset),
-            ('Content-Type: text/plain;a=b ;Charset="utf-16"', 415, charset),
-        ):
+        """And changes nothing about a GET."""
+        client = self.client(self.start())
+        client.request("PUT", "/kv/kept", b"value")
+        conditional = 501, b"conditional writes are not supported: there are no entity tags here\n"
+        encoded = 415, b"Content-Encoding is not supported: send the value as it is\n"
+        charset = 415, b"a value is UTF-8 text, not of another charset\n"
+        partial = 400, b"Content-Range is not supported: send the whole value\n"
+        refused = {
+            "Content-Range: bytes 5-9/10": partial,
+            "If-Match: *": conditional,
+            "If-None-Match: *": conditional,
+            "If-Unmodified-Since: Mon, 01 Jan 2024 00:00:00 GMT": conditional,
+            "Content-Encoding: gzip": encoded,
+            "content-encoding: identity, BR": encoded,
+            "Content-Type: text/plain; charset=ISO-8859-1": charset,
+            'Content-Type: text/plain;a=b ;Charset="utf-16"': charset,
+        }
+        for field, (status, text) in refused.items():
             with self.subTest(field):
                 for method, path in (("PUT", "/kv/kept"), ("DELETE", "/kv/kept")):
-                    self.check(self.client.request(method, path, b"other", field), status, text)
-                self.check(self.client.request("DELETE", "/clear", None, field), status, text)
-                self.check(self.client.request("GET", "/kv/kept", None, field), 200, b"value")
-                self.assertEqual(self.client.request("HEAD", "/kv/kept", None, field).status, 200)
-
-    def test_other_fields_change_nothing(self) -> None:
-        self.client.request("PUT", "/kv/a", b"value")
+                    self.check(client.request(method, path, b"other", field), status, text)
+                self.check(client.request("DELETE", "/clear", None, field), status, text)
+                self.check(client.request("GET", "/kv/kept", None, field), 200, b"value")
+                self.check(client.request("HEAD", "/kv/kept", None, field), 200)
         for field in (
             "Content-Encoding: Identity",
             "Content-Type: text/plain; charset=UTF-8",
@@ -1447,36 +1405,24 @@ class APITest(unittest.TestCase):
             "Range: bytes=0-1",
         ):
             with self.subTest(field):
-                self.check(self.client.request("PUT", "/kv/a", b"value", field), 200, b"")
-                self.check(self.client.request("GET", "/kv/a", None, field), 200, b"value")
+                self.check(client.request("PUT", "/kv/a", b"value", field), 200)
+                self.check(client.request("GET", "/kv/a", None, field), 200, b"value")
 
-    def test_head_is_get_without_the_body(self) -> None:
-        self.client.request("PUT", "/kv/head", b"value")
-        for path in ("/kv/head", "/kv/none", *kv.ROUTES, "/other"):
-            head = self.client.request("HEAD", path)
-            get = self.client.request("GET", path)
-            self.assertEqual(head.status, get.status)
-            self.assertEqual({**head.fields, "Date": ""}, {**get.fields, "Date": ""})
-        self.check(self.client.request("GET", "/health"), 200, b"ok\n")
-
-    def test_a_refusal_does_not_take_the_method_of_the_request_before(self) -> None:
-        """It has a body, unlike the answer to HEAD."""
-        self.client.request("HEAD", "/health")
-        self.client.send(b"GET /health HTTP/1.1\n")
-        text = b"malformed request: lines of text must end with CR LF\n"
-        self.check(self.client.receive(), 400, text)
-
-    def test_other_methods_are_not_allowed(self) -> None:
-        allowed = {"/kv/": "GET, HEAD, PUT, DELETE", "/clear": "DELETE", "/health": "GET, HEAD"}
-        self.assertEqual(set(allowed), set(kv.ROUTES))
-        methods = {"GET", "PUT", "DELETE", "POST", "PATCH", "OPTIONS", "TRACE", "get", "QUERY"}
+    def test_other_methods_are_not_allowed_and_head_is_get_without_the_body(self) -> None:
+        client = self.client(self.start())
+        allowed = {"/kv/a": "GET, HEAD, PUT, DELETE", "/clear": "DELETE", "/health": "GET, HEAD"}
         for path, allow in allowed.items():
-            keys = ("", "a", "a%20b") if path == "/kv/" else ("",)
-            for method in methods - set(allow.split(", ")):
-                for key in keys:
-                    answer = self.client.request(method, path + key, b"value")
-                    self.check(answer, 405, b"method not allowed\n")
-                    self.assertEqual(answer.fields["Allow"], allow)
+            for method in {"GET", "PUT", "DELETE", "POST", "OPTIONS", "get"} - set(
+                allow.split(", ")
+            ):
+                answer = client.request(method, path, b"value")
+                self.check(answer, 405, b"method not allowed\n")
+                self.assertEqual(answer.fields["Allow"], allow)
+            for _ in range(2):  # with a value, and without one
+                head, get = client.request("HEAD", path), client.request("GET", path)
+                self.assertEqual((head.status, head.body), (get.status, b""))
+                self.assertEqual({**head.fields, "Date": ""}, {**get.fields, "Date": ""})
+                client.request("PUT", "/kv/a", b"value")
 
     def test_the_documents_name_every_route(self) -> None:
         readme = (HERE / "README.md").read_text()
@@ -1484,12 +1430,6 @@ class APITest(unittest.TestCase):
             for method in set(methods) - {"HEAD"}:
                 self.assertRegex(kv.__doc__ or "", rf" {method} +{path}")
                 self.assertIn(f"| `{method} {path}", readme)
-
-    def test_other_paths_are_not_found(self) -> None:
-        for path in ("/", "/kv", "/KV/a", "//kv/a", "/clear/", "/health/x", "/kv%2Fa"):
-            for method in ("GET", "PUT", "POST"):
-                answer = self.client.request(method, path, b"value")
-                self.check(answer, 404, b"not found; try /health or /kv/KEY\n")
 
 
 # ---- HTTP as the RFCs have it ----
@@ -1528,9 +1468,9 @@ RULES = [
     *rules("3", "400 closed", LINE, b"GET  /health HTTP/1.1", b"GET\t/health HTTP/1.1",
            b"GET /health HTTP/1.1 ", b" GET /health HTTP/1.1", b"GET /health", b"GET HTTP/1.1",
            b"GET /he alth HTTP/1.1", b"\x16\x03\x01\x02\x00\x01", b"G(T /health HTTP/1.1"),
-    *rules("2.3", "400 closed", LINE, b"GET /health HTTP/2.0", b"GET /health HTTP/0.9",
+    *rules("2.3", "400 closed", LINE, b"PRI * HTTP/2.0", b"GET /health HTTP/0.9",
            b"GET /health http/1.1", b"GET /health HTTP/1.10"),
-    *rules("2.3", "400 closed", b"%\r\n\r\n", b"PRI * HTTP/2.0", b"GET /health HTTP/1.9"),
+    Rule("2.3", "400 closed", b"GET /health HTTP/1.9\r\n\r\n"),
     *rules("3.1", "405 open", LINE, b"BREW /health HTTP/1.1", b"get /health HTTP/1.1"),
     *rules("9110 2.5", "200 open", LINE, b"GET /health HTTP/1.2"),
     *rules("3", "414 closed", b"%GET /" + b"x" * 9000, b"", END, END * 2),
@@ -1549,7 +1489,6 @@ RULES = [
     *rules("3.2.2", "404 open", TARGET, b"http://a", b"http://a?/health"),
     *rules("3.2.2", "400 closed", TARGET, b"http:///health", b"http://", b"http://:80/health",
            b"http://u@a/health", b"ftp://a/health", b"a:80", b"*"),
-    Rule("3.2.2", "400 closed", b"GET http://a/health HTTP/1.1\r\n\r\n"),
     # Host. On a loopback address, a name is refused that somebody could have lead there.
     *rules("3.2", "400 closed", GET + b"%" + END, b"", HOST * 2),
     *rules("3.2", "400 closed", FOR_HOST, b"a/b", b"a b", b"u@a", b"a, b", b"a:b", b"%zz", b"a%4"),
@@ -1564,8 +1503,7 @@ RULES = [
     *rules("3.2", "400 closed", b"GET /health HTTP/1.0\r\n%\r\n", HOST * 2, b"Host: a b\r\n"),
     # Field lines
     *rules("5.1", "400 closed", FIELDS, b"A : b", b"A", b": b", b"A(: b", b"\xc3\xa4: b"),
-    *rules("5.1", "200 open", FOR_HOST, b"\t x \t "),
-    *rules("5.1", "200 open", GET + b"%\r\n\r\n", b"Host:x", b"hOST: x"),
+    *rules("5.1", "200 open", GET + b"%\r\n\r\n", b"Host:x", b"hOST: x", b"Host: \t x \t "),
     *rules("5.2", "400 closed", FIELDS, b"A: b\r\n c", b"A: b\r\n\tc"),
     Rule("2.2", "400 closed", GET + b" Host: x\r\n\r\n"),
     *rules("9110 5.5", "400 closed", FIELDS, b"A: b\rc", b"A: b\nc: d", b"A: b\0c", b"A: b\x1bc",
@@ -1602,15 +1540,14 @@ RULES = [
            b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n"),
     *rules("7.1", "431 closed", CHUNKED + b"%", b"1;" + b"a" * 8191 + b"\r\na", b"1" * 9000,
            b"0\r\nA: " + b"b" * 33_000 + END * 2, b"0\r\n" + b"A: b\r\n" * 101 + END),
-    # The longest line, with 8,192 bytes up to the middle of its end
+    # A long line, of which its end may come later
     Rule("7.1", "200 open", PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
-         + b"1;a=" + b"b" * 8000 + END + b"a\r\n0\r\n\r\n"),
+         + b"1;a=" + b"b" * 8186 + END + b"a\r\n0\r\n\r\n"),
     *rules("7.1.2", "200 open", CHUNKED + b"1\r\na\r\n0\r\n%\r\n\r\n", b"A: b", b"A: b\r\nC: d"),
     *rules("7.1.2", "400 closed", CHUNKED + b"1\r\na\r\n0\r\n%\r\n\r\n", b"A : b", b"A: b\r\n c"),
     # What happens to the connection
     *rules("9.3", "200 closed", FIELDS, b"Connection: close", b"Connection: a,\tClose ,b",
            b"Connection: a\r\nConnection: close", b"Connection: keep-alive, close"),
-    *rules("9.3", "200 open", FIELDS, b"Connection: keep-alive"),
     *rules("9.3", "200 closed", b"GET /health HTTP/1.0\r\n%\r\n", b"", HOST),
     Rule("9.3", "200 open", b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"),
     Rule("9.3.2", "200 " * 50 + "open", (GET + HOST + END) * 50),
@@ -1664,23 +1601,12 @@ class HTTPTest(KVTest):
             if len(rule.sent) < 4000 and not rule.sent.endswith(EXPECT + b"a"):
                 self.check_rule(server, rule)
 
-    def test_another_name_in_the_request_changes_nothing(self) -> None:
-        """Unless others than this machine are meant to reach the server."""
+    def test_another_name_in_the_request_is_for_servers_that_others_can_reach(self) -> None:
         text = b"misdirected request: here the host is localhost or an IP address\n"
-        for host, is_local in (("127.0.0.1", True), ("::1", True), ("0.0.0.0", False)):
-            server = self.start(f"--host={host}", f"--working-dir={self.top}/{host}")
-            with (
-                self.subTest(host),
-                Client(server.port, {"0.0.0.0": "127.0.0.1"}.get(host, host)) as client,
-            ):
-                client.request("PUT", "/kv/a", b"1")
-                for method in ("PUT", "DELETE", "GET"):
-                    client.send(request(method, "/kv/a", b"2", host="a.example"))
-                    answer = client.receive()
-                    self.assertEqual(answer.body == text, is_local)
-                self.assertEqual(answer.status, 421 if is_local else 404)
-                body = client.request("GET", "/kv/a").body
-                self.assertEqual(body, b"1" if is_local else b"key not found\n")
+        for host, status, body in (("127.0.0.1", 421, text), ("0.0.0.0", 200, b"ok\n")):
+            with self.start(f"--host={host}") as server, server.connect() as client:
+                client.send(request("GET", "/health", host="a.example"))
+                self.check(client.receive(), status, body)
 
     def test_a_short_body_is_not_stored(self) -> None:
         server = self.start()
@@ -1714,6 +1640,13 @@ class HTTPTest(KVTest):
         client.send(b"1\r\n")
         self.assertEqual(client.receive().status, 200)
         self.assertEqual(client.file.read(1), b"")
+
+    def test_line_ends_of_lf_are_told_what_is_wrong(self) -> None:
+        client = self.client(self.start())
+        client.request("HEAD", "/health")  # unlike the answer to this, the refusal has a body
+        client.send(b"GET /health HTTP/1.1\n")
+        text = b"malformed request: lines of text must end with CR LF\n"
+        self.check(client.receive(), 400, text)
 
     @on_linux
     def test_no_head_takes_long_to_refuse(self) -> None:
@@ -1757,48 +1690,33 @@ class HTTPTest(KVTest):
         self.assertEqual([client.receive().status for client in clients], [200, 200])
 
     def test_slow_requests_end_after_their_time(self) -> None:
-        """A head that never ends, byte by byte; a body that stalls late; one that dribbles."""
-        seconds = 4.0
-        server = self.start_with(f"kv.STALL_SECONDS = {seconds}")
-        head, stall, dribble = clients = [self.client(server) for _ in range(3)]
-        begin = time.monotonic()
+        """A head or a body that comes byte by byte; a body that stalls after much of it."""
+        server = self.start_with("kv.STALL_SECONDS = 3.0")
+        head, dribble, stall = clients = [self.client(server) for _ in range(3)]
         stall.send(put("slow", "x" * 100_000)[:-1])
         dribble.send(request("PUT", "/kv/slow", None, "Content-Length: 1000"))
         head.send(b"GET /")
-        with selectors.DefaultSelector() as selector:
-            for client in clients:
-                selector.register(client.socket, selectors.EVENT_READ, client)
-            while len(selector.get_map()) and time.monotonic() - begin < 3 * seconds:
-                for client in (head, dribble):
-                    with contextlib.suppress(OSError):
-                        client.send(b"x")
-                for key, _ in selector.select(0.25):
-                    self.assertEqual(key.data.receive().status, 408)
-                    self.assertGreater(time.monotonic() - begin, seconds - 1)
-                    selector.unregister(key.fileobj)
-            self.assertEqual(len(selector.get_map()), 0)
+        for number in range(24):
+            for client in (head, dribble):
+                with contextlib.suppress(OSError):
+                    client.send(b"x")
+            time.sleep(0.25)  # the rate that is too slow
+            ready = select.select([client.socket for client in clients], [], [], 0)[0]
+            self.assertEqual(bool(ready) and number < 8, False)
+        self.assertEqual([client.receive().status for client in clients], [408] * 3)
 
 
 def fuzz(server: ServerProcess, count: int, seed: int) -> None:
     """Send mutated requests in random pieces, some cut off. Each must be answered or closed."""
     chance = random.Random(seed)
     valid = [rule.sent for rule in RULES if len(rule.sent) < 1000]
-    parts = [b"\r\n", *(bytes([byte]) for byte in b"\r\n\0 :\xff0%"), b"Content-Length: 3\r\n"]
+    parts = [b"", b"\r\n", *(bytes([byte]) for byte in b"\r\n\0 :\xff0%"), b"Content-Length: 3\r\n"]
     for number in range(count):
         data = bytearray(b"".join(chance.choices(valid, k=chance.randint(1, 3))))
-        for _ in range(chance.randint(0, 4)):
-            at = chance.randrange(len(data) + 1)
-            action = chance.randrange(5)
-            if action == 0:
-                data[at : at + 1] = bytes([chance.randrange(256)])
-            elif action == 1:
-                data[at:at] = chance.choice(parts)
-            elif action == 2:
-                del data[at : at + chance.randint(1, 10)]
-            elif action == 3:
-                data[at:at] = data[at : at + chance.randint(1, 30)]
-            elif chance.random() < 0.5:
-                del data[at:]
+        for _ in range(chance.randint(0, 4)):  # replace something, or repeat it
+            at, size = chance.randrange(len(data) + 1), chance.choice((0, 1, 1, 30))
+            again = bytes(data[at : at + chance.randint(1, 30)])
+            data[at : at + size] = chance.choice((*parts, again, chance.randbytes(1)))
         with server.connect() as client:
             with contextlib.suppress(OSError):  # closed meanwhile
                 for _ in range(chance.randint(0, 2)):
@@ -1820,13 +1738,6 @@ def fuzz(server: ServerProcess, count: int, seed: int) -> None:
 
 
 class ServerTest(KVTest):
-    def test_more_keep_alive_clients_than_descriptors(self) -> None:
-        """Each answer says close while others wait, and so each client comes to its turn."""
-        changes = "kv.Server.IDLE_SECONDS_FULL = 1.0"  # for those that have their last answer
-        server = self.start_with(changes, preexec_fn=limited("NOFILE", 256))
-        loops = [Loop(put(f"{n}-{m}", "value") for m in range(20)) for n in range(400)]
-        self.assertEqual(keep_alive(server.port, loops).answers, {"200": 8000})
-
     @on_linux
     def test_9_000_busy_clients(self) -> None:
         allow_descriptors(10_100)
@@ -1837,22 +1748,25 @@ class ServerTest(KVTest):
 
     @on_linux
     def test_15_000_idle_connections_are_cheap_and_do_not_delay_the_exit(self) -> None:
-        allow_descriptors(20_000)
-        number = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
         server = self.start()
-        server.request("PUT", "/kv/a", b"1")
-        before = 0
         with contextlib.ExitStack() as clients:
-            for count in range(number):
-                client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-                client.send(request("GET", "/health"))
-                client.recv(1000)
-                if count == 1000:
-                    before = server.resident_bytes()
-            self.assertGreater(server.descriptors(), number)
-            each = (server.resident_bytes() - before) / (number - 1000)
-            self.assertLess(each, 3.5 * 1024)
+            self.assertLess(idle_bytes(server, clients), 3.5 * 1024)
             self.stop_at_once(server)
+
+
+def idle_bytes(server: ServerProcess, clients: contextlib.ExitStack) -> float:
+    """Have 15,000 idle connections; return how much memory one takes."""
+    allow_descriptors(20_000)
+    number = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
+    before = 0
+    for count in range(number):
+        client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        client.send(request("GET", "/health"))
+        client.recv(1000)
+        if count == 1000:
+            before = server.resident_bytes()
+    assert server.descriptors() > number
+    return (server.resident_bytes() - before) / (number - 1000)
 
 
 class IdleTest(KVTest):
@@ -1884,15 +1798,12 @@ class IdleTest(KVTest):
     def test_the_number_of_a_closed_connection_is_that_of_another(self) -> None:
         """The selector must have forgotten it."""
         server = self.start_with("kv.Server.IDLE_SECONDS = 0.2")
-        for _ in range(3):
-            for _ in range(5):
-                with server.connect() as client:
+        for _ in range(4):
+            with server.connect() as client:
+                for pause in (0.0, 0.15, 0.15):
+                    time.sleep(pause)
                     self.assertEqual(client.request("GET", "/health").status, 200)
-                    self.assertTrue(client.is_closed())
-            client = self.client(server)
-            for pause in (0.0, 0.15, 0.15):
-                time.sleep(pause)
-                self.assertEqual(client.request("GET", "/health").status, 200)
+                self.assertTrue(client.is_closed())
         self.assertNotIn("error", server.log)
 
     def test_clients_that_pause_hold_no_worker(self) -> None:
@@ -1950,13 +1861,10 @@ class ScarcityTest(KVTest):
 
     def test_raises_the_soft_limit_of_descriptors(self) -> None:
         allow_descriptors(1000)
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        limit = (resource.RLIMIT_NOFILE, (64, hard))
+        limit = resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         server = self.start(preexec_fn=lambda: resource.setrlimit(*limit))
         clients = [self.client(server) for _ in range(300)]
-        for client in clients:
-            self.assertEqual(client.request("GET", "/health").status, 200)
-        for client in clients:
+        for client in clients * 2:
             self.assertEqual(client.request("GET", "/health").status, 200)
 
     @on_linux
@@ -1989,16 +1897,13 @@ class ScarcityTest(KVTest):
     def test_running_out_of_descriptors_burns_no_core_and_ends_with_a_save(self) -> None:
         """The limit is lowered, or others have used up the descriptors."""
         server = self.start()
-        server.request("PUT", "/kv/a", b"1")
-        descriptors = server.descriptors()
-        server.limit("NOFILE", descriptors + 10)
+        server.limit("NOFILE", server.descriptors() + 10)
         clients = [self.client(server) for _ in range(50)]
-        wait_until(lambda: server.descriptors() == descriptors + 10, "the limit is reached")
+        time.sleep(0.2)
         self.assert_burns_no_core(server)
         for client in clients:
             client.__exit__()
         self.assertEqual(server.stop(), 0)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     @on_linux
     def test_an_idle_connection_keeps_neither_its_last_value_nor_its_head(self) -> None:
@@ -2031,18 +1936,19 @@ class ScarcityTest(KVTest):
             client = self.client(server)
             client.send(request("GET", "/health"))
             self.assertTrue(client.is_closed())
-        server.wait_for_log("kv.py: error: ZeroDivisionError('division by zero') in <lambda>")
+        server.wait_for_log(
+            r"kv.py: error: ZeroDivisionError\('division by zero'\) in <lambda>, line 1"
+        )
         self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
         self.stop_at_once(server)
 
-    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "asks for the cores of a process")
-    def test_stays_on_one_core(self) -> None:
-        with self.start() as server:
-            self.assertEqual(len(os.sched_getaffinity(server.process.pid)), 1)
-        # Without the interpreter lock, threads run on all of them.
-        server = self.start_with("kv.sys._is_gil_enabled = lambda: False")
+    @on_linux
+    def test_stays_on_one_core_if_there_is_an_interpreter_lock(self) -> None:
         cores = os.sched_getaffinity(0)
-        self.assertEqual(os.sched_getaffinity(server.process.pid), cores)
+        for has_lock, expected in ((True, 1), (False, len(cores))):
+            server = self.start_with(f"kv.sys._is_gil_enabled = lambda: {has_lock}")
+            self.assertEqual(len(os.sched_getaffinity(server.process.pid)), expected)
+            server.__exit__()
 
     @on_linux
     def test_who_does_not_read_is_given_up_and_who_reads_slowly_gets_the_whole_value(self) -> None:
@@ -2056,7 +1962,7 @@ class ScarcityTest(KVTest):
             slow.send(request("GET", "/kv/a") * 3)
             wait_until(lambda: server.descriptors() > before, "it is accepted")
             while server.descriptors() > before:
-                self.assertEqual(slow.file.read(100_000)[-1:] != b"", True)
+                self.assertTrue(slow.file.read(100_000))
                 time.sleep(0.02)
         self.assertEqual(server.get("a"), value.decode())
 
@@ -2087,22 +1993,14 @@ kv.main()
 
 # Those that end a process that does not ask for them, less those of a crash.
 STOPS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2", "SIGVTALRM", "SIGPROF", "SIGXCPU"]
-STOPS += ["SIGPWR", "SIGIO", "SIGSTKFLT"] if sys.platform == "linux" else []
+STOPS += [name for name in ("SIGPWR", "SIGIO", "SIGSTKFLT") if hasattr(signal, name)]
 # Those that the system or Python ignores.
 NO_STOPS = ["SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGPIPE", "SIGXFSZ"]
 
 
-def treating(how: signal.Handlers, names: list[str]) -> Callable[[], None]:
-    """For preexec_fn: ignore signals as nohup does, or do not, even if the tests do."""
-
-    def treat() -> None:
-        for name in names:
-            signal.signal(signal.Signals[name], how)
-
-    return treat
-
-
-ignoring_none = treating(signal.SIG_DFL, STOPS)
+def with_signals(option: str) -> list[str]:
+    """A command that starts kv.py with signals ignored, as nohup does, or not."""
+    return ["env", option, *ProgramTest.command]
 
 
 class ShutdownTest(KVTest):
@@ -2111,7 +2009,7 @@ class ShutdownTest(KVTest):
         if sys.platform == "linux":
             numbers[f"signal {signal.SIGRTMIN + 3}"] = signal.SIGRTMIN + 3
         for name, number in numbers.items():
-            with self.subTest(name), self.start(preexec_fn=ignoring_none) as server:
+            with self.subTest(name), self.start(command=with_signals("--default-signal")) as server:
                 server.request("PUT", f"/kv/{number}", b"value")
                 self.assertEqual(server.stop(number), 0)
                 self.assertIn(f"\nkv.py: {name}\nkv.py: draining: ", server.log)
@@ -2121,38 +2019,30 @@ class ShutdownTest(KVTest):
     def test_other_signals_do_nothing_and_sigterm_always_stops(self) -> None:
         """Also a signal that was ignored at the start, but SIGTERM."""
         ignored = ["SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR2"]
-        server = self.start(preexec_fn=treating(signal.SIG_IGN, [*ignored, "SIGTERM"]))
+        option = f"--ignore-signal={','.join([*ignored, 'SIGTERM'])}"
+        server = self.start(command=with_signals(option))
         for name in ignored + NO_STOPS:
             server.send_signal(signal.Signals[name])
         self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
         self.assertEqual(server.stop(), 0)
         self.assertRegex(server.log, r"process \d+\nkv\.py: SIGTERM\n")
 
-    def test_what_was_acknowledged_is_saved_before_the_stalled_are_given_up(self) -> None:
-        server = self.start()
-        self.begin_upload(server, "stalled")
-        server.request("PUT", "/kv/a", b"1")
-        server.send_signal()
-        server.wait_for_log("saved 1 pair ")
-        self.assertNotIn("given up", server.log)
-        server.send_signal(signal.SIGKILL)
-        server.exit_code()
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
-
+    @on_linux
     def test_a_second_signal_ends_the_waiting(self) -> None:
         """Not in the first second, and not SIGHUP, which systemd may send behind SIGTERM."""
-        server = self.start(preexec_fn=ignoring_none)
+        server = self.start(command=with_signals("--default-signal"))
         first, second = self.begin_upload(server, "a"), self.begin_upload(server, "b")
         third = self.begin_upload(server, "c")
         server.send_signal()
         server.wait_for_log("draining: 3 connections, 3 of them in flight\n")
+        wait_until_stopping(server)
         server.send_signal()
         first.send(b"e")
         self.assertEqual(first.receive().status, 200)
-        waiting = "waiting for 2 connections, 11 s at most; SIGTERM or Ctrl-C ends that\n"
-        server.wait_for_log(waiting)
+        server.wait_for_log("waiting for 2 connections, 1[01] s at most; SIGTERM or Ctrl-C ends")
         server.send_signal(signal.SIGHUP)
-        server.wait_for_log("saved 1 pair")
+        server.wait_for_log("saved 1 pair")  # in case SIGKILL comes next
+        self.assertEqual(self.read_snapshot(), {"a": "value"})
         second.send(b"e")
         self.assertEqual(second.receive().status, 200)
         server.send_signal()
@@ -2180,7 +2070,7 @@ class ShutdownTest(KVTest):
 
         server.limit("FSIZE", 1000)
         server.send_signal()
-        server.wait_for_log("4 given up\nkv.py: cannot save: [Errno 27] File too large")
+        server.wait_for_log(r"4 given up\nkv.py: cannot save: \[Errno 27\] File too large")
 
         # A second is left for the next lines, until the last try to save.
         late.send(b"e" + put("later", "value"))
@@ -2192,21 +2082,8 @@ class ShutdownTest(KVTest):
         self.assertEqual(set(self.read_snapshot()), {"a", "large"})
         self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
 
-    def test_a_signal_during_the_start_never_costs_the_snapshot(self) -> None:
-        self.write_snapshot({f"key{number}": "value" * 20 for number in range(100_000)})
-        before = kv.read_pairs(str(self.snapshot))
-        chance = random.Random(1)
-        for _ in range(12):
-            server = self.start(ready=False, preexec_fn=ignoring_none)
-            time.sleep(chance.uniform(0, 0.4))  # the moment is left to chance
-            number = chance.choice([signal.SIGTERM, signal.SIGHUP])
-            server.send_signal(number)
-            self.assertIn(server.exit_code(), (0, -number))
-            self.assertNotIn("Traceback", server.log)
-            self.assertEqual(self.read_snapshot(), before)
-
     def test_shutdowns_under_load_lose_nothing(self) -> None:
-        self.assertGreater(shutdowns_under_load(self.directory, cycles=6, seed=1), 1000)
+        self.assertGreater(shutdowns_under_load(self.directory, cycles=4, seed=1), 1000)
 
     def test_whatever_happens_in_the_drain_there_is_a_last_save(self) -> None:
         for mistake in ("Server.stop", "Server.join", "Server._close_idle"):
@@ -2219,30 +2096,9 @@ class ShutdownTest(KVTest):
                 self.assertIn(mistake, self.read_snapshot())
                 self.assertIn("error: ZeroDivisionError", server.log)
 
-    def test_the_graceful_timeout(self) -> None:
-        server = self.start("--graceful-timeout=2")
-        self.begin_upload(server, "stalled")
-        server.request("PUT", "/kv/a", b"1")
-        self.assertEqual(server.stop(), 0)
-        self.assertRegex(server.log, r"saved 1 pair in .*\n.*drained in 1\.\d\d s, 1 given up")
-
 
 class DrainTest(KVTest):
     """What becomes of the connections when the server stops."""
-
-    @on_linux
-    def test_a_listen_queue_that_is_never_empty_does_not_delay_the_exit(self) -> None:
-        """There are few connections for clients that come faster than they are answered."""
-        server = self.start(preexec_fn=limited("NOFILE", 40))
-        server.request("PUT", "/kv/a", b"1")
-        clients = multiprocessing.get_context("fork").Process(
-            target=connect_until_refused, args=[server.port], daemon=True
-        )
-        clients.start()
-        self.addCleanup(clients.join)
-        self.addCleanup(clients.kill)
-        wait_until(lambda: receive_queue(server.port) > 20, "clients are waiting")
-        self.stop_at_once(server)
 
     def test_clients_that_stay_after_their_last_answer_do_not_delay_the_exit(self) -> None:
         """One could go on sending, the other was refused while the server stopped."""
@@ -2269,7 +2125,7 @@ class DrainTest(KVTest):
             client.send(GET + HOST)
             wait_until_read(server, client)
         server.send_signal()
-        wait_until(lambda: not listens(server.port), "new connections are refused")
+        wait_until_stopping(server)
         one.send(END + END)
         two.send(END + put("a", "1"))
         self.assertEqual(one.receive().fields["Connection"], "close")
@@ -2320,16 +2176,31 @@ class LastSaveTest(KVTest):
         # One may have been stored without an answer, for which there was no memory.
         self.assertEqual({key: saved.get(key) for key in stored}, stored)
 
+    @unittest.skipUnless(found("bindfs", "umount"), "needs bindfs")
     def test_a_file_system_that_was_mounted_anew_under_the_same_path(self) -> None:
-        (self.top / "source").mkdir()
-        bindfs = ["bindfs", str(self.top / "source"), str(self.directory)]
-        self.mount(*bindfs)
-        server = self.start()
-        server.request("PUT", "/kv/a", b"1")
-        subprocess.run(["umount", "-l", str(self.directory)], check=True)
-        self.mount(*bindfs)
-        self.assertEqual(server.stop(), 0, server.log)
+        for directory in ("source", "data"):
+            (self.top / directory).mkdir()
+        self.addCleanup(self.unmount)
+        with self.bindfs():
+            server = self.start()
+            server.request("PUT", "/kv/a", b"1")
+        self.unmount()
+        with self.bindfs():
+            self.assertEqual(server.stop(), 0, server.log)
         self.assertEqual(kv.read_pairs(str(self.top / "source" / SNAPSHOT)), {"a": "1"})
+
+    @contextlib.contextmanager
+    def bindfs(self) -> Iterator[None]:
+        """A file system that dies at the end of the block."""
+        command = ["bindfs", "-f", str(self.top / "source"), str(self.directory)]
+        with running(command, stderr=subprocess.DEVNULL) as process:
+            wait_until(lambda: self.directory.is_mount() or process.poll(), "it is mounted")
+            if process.returncode:
+                self.skipTest("may not mount a file system")
+            yield
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "-lq", str(self.directory)], stderr=subprocess.DEVNULL)
 
     def test_a_file_system_that_cannot_sync_a_directory(self) -> None:
         for number in (errno.EINVAL, errno.ENOTSUP):
@@ -2338,15 +2209,6 @@ class LastSaveTest(KVTest):
                 server.request("PUT", "/kv/a", b"1")
                 self.assertEqual(server.stop(), 0)
                 self.assertNotIn("cannot save", server.log)
-
-    def test_another_directory_in_the_place_of_ours(self) -> None:
-        """Everything is to be found under the path that was given."""
-        server = self.start()
-        server.request("PUT", "/kv/a", b"1")
-        self.directory.rename(self.top / "moved")
-        self.directory.mkdir()
-        self.assertEqual(server.stop(), 0)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
 
     def test_the_temporary_file_cannot_be_replaced(self) -> None:
         """What would make a save fail is found at the start."""
@@ -2386,7 +2248,7 @@ class SaveTest(KVTest):
         server = self.start("--save-every=1")
         server.limit("FSIZE", 1000)
         server.request("PUT", "/kv/a", b"x" * 10_000)
-        server.wait_for_log("cannot save: [Errno 27] File too large\n")
+        server.wait_for_log(r"cannot save: \[Errno 27\] File too large\n")
         self.assertEqual(os.listdir(self.directory), [])
         server.limit("FSIZE", resource.RLIM_INFINITY)
         server.wait_for_log("saved 1 pair")
@@ -2395,15 +2257,10 @@ class SaveTest(KVTest):
 class FailingSaveTest(KVTest):
     """The save fails: a line that says so, exit code 1, and the old snapshot is as it was."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.write_snapshot({"old": "1"})
-        self.before = self.snapshot.read_bytes()
-
     def check_fails(self, server: ServerProcess, reason: str) -> None:
         """It would be tried for 15 s, but the same signal ends that, too."""
         server.send_signal()
-        server.wait_for_log(f"cannot save: {reason}")
+        server.wait_for_log(f"cannot save: {re.escape(reason)}")
         while not server.has_ended():
             time.sleep(0.2)
             with contextlib.suppress(ProcessLookupError):
@@ -2411,66 +2268,24 @@ class FailingSaveTest(KVTest):
         self.assertEqual(server.exit_code(), 1)
         self.assertRegex(server.log, rf"not saved, {re.escape(reason)}.*: what was written .*\n$")
 
-    def check_keeps_the_old_one(self) -> None:
-        self.assertEqual(self.snapshot.read_bytes(), self.before)
-        self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
-
-    def start_with_changes(self, **options: Any) -> ServerProcess:
-        server = self.start(**options)
-        server.request("PUT", "/kv/large", b"x" * 100_000)
-        return server
-
     def test_a_failed_fsync_of_the_file_or_of_its_name(self) -> None:
         """Without the latter, nobody knows which one survives a power failure."""
+        self.write_snapshot({"old": "1"})
         failing: dict[str, Any] = {"command": self.failing_fsync(), "cwd": HERE}
-        for what in ("file", "directory"):
-            with self.start_with_changes(**failing) as server:
+        for what, expected in (("file", {"old": "1"}), ("directory", {"old": "1", "new": "2"})):
+            with self.start(**failing) as server:
+                server.request("PUT", "/kv/new", b"2")
                 (self.top / f"fail-{what}").write_text(str(errno.EIO))
                 self.check_fails(server, "[Errno 5] Input/output error")
-            if what == "file":
-                self.check_keeps_the_old_one()
+            self.assertEqual(self.read_snapshot(), expected)
+            self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
             self.assert_refuses_to_start("[Errno 5] Input/output error", **failing)
             (self.top / f"fail-{what}").unlink()
-        self.assertEqual(set(self.read_snapshot()), {"old", "large"})
-
-    @on_linux
-    def test_lost_permissions_leave_the_old_snapshot(self) -> None:
-        server = self.start_with_changes(preexec_fn=be_bound_by_permissions)
-        self.directory.chmod(0o555)
-        self.check_fails(server, "[Errno 13] Permission denied")
-        self.check_keeps_the_old_one()
 
     def test_a_directory_that_is_gone(self) -> None:
-        server = self.start_with_changes()
+        server = self.start()
         shutil.rmtree(self.directory)
         self.check_fails(server, "[Errno 2] No such file or directory")
-
-    def test_a_full_disk_with_room_in_time_costs_nothing(self) -> None:
-        self.mount("mount", "-t", "tmpfs", "-o", "size=64k", "kv", str(self.directory))
-        self.write_snapshot({"old": "1"})
-        server = self.start_with_changes()
-        server.send_signal()
-        server.wait_for_log("cannot save: [Errno 28] No space left on device\n")
-        self.check_keeps_the_old_one()
-        subprocess.run(["mount", "-o", "remount,size=1m", self.directory], check=True)
-        self.assertEqual(server.exit_code(), 0)
-        self.assertEqual(set(self.read_snapshot()), {"old", "large"})
-
-
-def connect_until_refused(port: int) -> None:
-    """Open connections as fast as possible, each with a request, and wait for no answer."""
-    end = time.monotonic() + DEADLINE
-    with contextlib.ExitStack() as clients, contextlib.suppress(ConnectionRefusedError):
-        for number in itertools.count():
-            if number % 500 == 0:
-                clients.close()
-            if time.monotonic() > end:
-                return
-            client = clients.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(("127.0.0.1", port))
-            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-                client.send(request("GET", "/kv/a"))
 
 
 def writes(client: int, chance: random.Random) -> Iterator[bytes]:
@@ -2527,49 +2342,42 @@ class CommandLineTest(KVTest):
         self.assertRegex(run.stdout, "SIGTERM .*SIGUSR1")
 
     def test_wrong_arguments_are_named(self) -> None:
-        for wrong in ("x", "65536", "-1", "", "1_0"):
-            text = f"argument --port: {wrong!r} is not a whole number from 0 to 65535\n"
-            self.assert_refuses_to_start(text, f"--port={wrong}", code=2)
-        for name, wrong in (("graceful-timeout", "0"), ("save-every", "1.5")):
-            text = f"argument --{name}: '{wrong}' is not a whole number from "
-            self.assert_refuses_to_start(text, f"--{name}={wrong}", code=2)
-        for argument in ("--por=1", "extra", "--verbose=1", "--host"):
-            self.assert_refuses_to_start(argument.split("=")[0], argument, code=2)
-        self.assert_refuses_to_start("--working-dir: empty", "--working-dir=", code=2)
+        for argument, text in (
+            *(
+                (f"--port={wrong}", f"{wrong!r} is not a")
+                for wrong in ("x", "65536", "-1", "", "1_0")
+            ),
+            ("--graceful-timeout=0", "--graceful-timeout: '0' is not a whole number from 1 to "),
+            ("--save-every=1.5", "--save-every: '1.5' is not a whole number from 0 to "),
+            *(
+                (wrong, wrong.split("=")[0])
+                for wrong in ("--por=1", "extra", "--verbose=1", "--host")
+            ),
+            ("--working-dir=", "--working-dir: empty"),
+        ):
+            self.assert_refuses_to_start(text, argument, code=2)
+
+    def test_an_address_that_cannot_be_had_stops_the_start(self) -> None:
         # Not x.invalid, for which the system would ask a name server.
         for host in ("fe80::1%x", "x" * 100, "203.0.113.1"):
             self.assert_refuses_to_start(f"cannot listen on '{host}'", f"--host={host}")
-
-    def test_a_port_in_use_stops_the_start(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            self.assert_refuses_to_start(f"port {port}: [Errno {errno.EADDRINUSE}] ", port=port)
         # Some releases of Python have this.
         script = "import kv; kv.ThreadingHTTPServer.allow_reuse_port = True; kv.main()"
         sharing: dict[str, Any] = {"command": [sys.executable, "-c", script], "cwd": HERE}
         with ServerProcess(self.top / "first", **sharing) as server:
-            self.assert_refuses_to_start("in use", port=server.port, **sharing)
+            text = f"port {server.port}: [Errno {errno.EADDRINUSE}] "
+            self.assert_refuses_to_start(text, port=server.port, **sharing)
 
     def test_working_directories_that_cannot_be_used(self) -> None:
         self.assert_refuses_to_start("cannot use", "--working-dir=/dev/null/data")
         script = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" "{HERE}/kv.py" "$@"'
-        self.assert_refuses_to_start(
-            "cannot use the working directory 'x': ",
-            "--working-dir=x",
-            command=["sh", "-c", script, "sh"],
-            cwd=self.top,
-        )
-        self.directory.write_text("")
-        self.assert_refuses_to_start("[Errno 17] File exists")
-        self.directory.unlink()
+        gone: dict[str, Any] = {"command": ["sh", "-c", script, "sh"], "cwd": self.top}
+        self.assert_refuses_to_start("the working directory 'x': ", "--working-dir=x", **gone)
         self.directory.mkdir(mode=0o555)
         self.assert_refuses_to_start("Permission denied", preexec_fn=be_bound_by_permissions)
-
-    def test_working_directory_in_use(self) -> None:
+        self.directory.chmod(0o755)
         server = self.start()
-        server.request("PUT", "/kv/a", b"1")
         self.assert_refuses_to_start("in use by another kv.py")
-        self.assertEqual(server.get("a"), "1")
         server.send_signal(signal.SIGKILL)
         server.exit_code()
         self.start()  # at once
@@ -2585,31 +2393,25 @@ class CommandLineTest(KVTest):
 
     def test_working_directory_from_the_environment(self) -> None:
         for data_dir, place in (("from-env", "from-env"), ("", ".")):
-            environment = {**os.environ, "DATA_DIR": data_dir}
-            command = [sys.executable, str(HERE / "kv.py"), "--port=0"]
-            with subprocess.Popen(
-                command, cwd=self.top, env=environment, stderr=subprocess.PIPE, text=True
-            ) as process:
-                assert process.stderr
-                self.addCleanup(process.kill)
-                line = process.stderr.readline()
-                process.terminate()
-                self.assertEqual(process.wait(DEADLINE), 0)
-            path = re.findall(r" in '(.*)', ", line)
-            self.assertEqual(Path(*path).resolve(), self.top / place / SNAPSHOT)
+            self.directory = self.top / place
+            self.write_snapshot({"a": "1"})
+            run = kv_py("--dump", cwd=self.top, env={**os.environ, "DATA_DIR": data_dir})
+            self.assertEqual(run.stdout, '{"key": "a", "value": "1"}\n')
 
     def test_the_ready_line(self) -> None:
         """With the process number, for SIGUSR1, and no control characters for the terminal."""
         self.directory = Path(os.fsdecode(os.fsencode(self.top) + b"/a\x1b[31mb\xff"))
         self.write_snapshot({"a": "1", "b": "2"})
-        server = self.start()
         place = re.escape(f"{self.top}/a\\x1b[31mb\\udcff/kv.pickle")
-        url = rf"http://127\.0\.0\.1:{server.port}"
-        line = rf"^kv\.py: 2 pairs in '{place}', listening on {url}, process {server.process.pid}\n"
-        self.assertRegex(server.log, line + "$")
-        server.request("PUT", "/kv/a", b"1")
-        self.assertEqual(server.stop(), 0)
-        self.assertNotRegex(server.log, "PUT|\x1b")
+        for host, url in (("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")):
+            with self.start(f"--host={host}") as server:
+                listening = re.escape(f"http://{url}:{server.port}, process {server.process.pid}")
+                ready = rf"^kv\.py: 2 pairs in '{place}', listening on {listening}\n$"
+                self.assertRegex(server.log, ready)
+                with Client(server.port, host) as client:
+                    client.request("PUT", "/kv/a", b"1")
+                self.assertEqual(server.stop(), 0)
+                self.assertNotRegex(server.log, "PUT|\x1b")
 
     def test_requests_are_logged_with_verbose(self) -> None:
         command = [sys.executable, "-bb", str(HERE / "kv.py")]  # no bytes where text belongs
@@ -2618,17 +2420,11 @@ class CommandLineTest(KVTest):
             client.request("PUT", "/kv/a", b"1")
             client.request("GET", "/kv/" + "x" * 8000)
             client.request("GET", "/kv/a?\x1b[31m")
-        with server.connect() as client:
-            client.send(b"\r\n" + request("GET", "/health") + b"\n")
-            client.receive()
-            client.receive()
         self.assertEqual(server.stop(), 0)
         lines = [line for line in server.log.split("\n") if line.startswith("kv.py: 127.0.0.1 ")]
         self.assertEqual(lines[0], "kv.py: 127.0.0.1 'PUT /kv/a HTTP/1.1' 200 0")
         self.assertLess(len(lines[1]), 2000)
         self.assertRegex(lines[2], r"^kv.py: 127.0.0.1 'GET /kv/a\?\\x1b\[31m HTTP/1.1.*' 400 \d+$")
-        self.assertIn("kv.py: 127.0.0.1 'GET /health HTTP/1.1' 200 3", lines)
-        self.assertRegex("\n".join(lines), r"kv.py: 127.0.0.1 '\\n' 400 \d+")
 
     def log_into(self, reader: int, writer: int, *change: str) -> tuple[subprocess.Popen[str], int]:
         """Return a server that logs into a pipe or terminal, and its port."""
@@ -2660,6 +2456,7 @@ class CommandLineTest(KVTest):
         self.assertEqual(self.read_snapshot(), {key: "1"})
 
     def test_a_terminal_that_nobody_reads_does_not_delay_the_exit(self) -> None:
+        """It may have room for a part of a line."""
         process, port = self.log_into(*os.openpty())
         with Client(port) as client:
             for _ in range(2000):  # lines of 43 bytes
@@ -2668,19 +2465,18 @@ class CommandLineTest(KVTest):
         self.assertEqual(process.wait(10), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
 
-    def test_a_log_that_is_closed_does_not_stop_the_save(self) -> None:
-        reader, writer = os.pipe()
-        process, port = self.log_into(reader, writer)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), reader)  # the pipe has no reader any more
-        with Client(port) as client:
-            client.request("PUT", "/kv/a", b"1")
-        process.terminate()
-        self.assertEqual(process.wait(DEADLINE), 0)
-        self.assertEqual(self.read_snapshot(), {"a": "1"})
-
     def test_without_standard_streams(self) -> None:
-        script = 'exec "$@" --verbose <&- >&- 2>&-'
-        self.check_starts_and_saves(["sh", "-c", script, "sh", *self.command])
+        """Closed at the start, or the reader of the log goes away."""
+        closed = ["sh", "-c", 'exec "$@" --verbose <&- >&- 2>&-', "sh", *self.command]
+        piped = [
+            "bash",
+            "-c",
+            'exec "$@" --verbose 2> >(head -1 >/dev/null)',
+            "bash",
+            *self.command,
+        ]
+        for command in (closed, piped):
+            self.check_starts_and_saves(command)
 
     @unittest.skipUnless(found("unshare") and os.getuid() == 0, "hides /proc from a process")
     def test_without_dev_fd(self) -> None:
@@ -2695,6 +2491,7 @@ class CommandLineTest(KVTest):
         self.assertEqual(server.request("PUT", "/kv/a", b"1").status, 200)
         self.assertEqual(server.stop(), 0)
         self.assertEqual(self.read_snapshot(), {"a": "1"})
+        self.snapshot.unlink()
 
     def test_an_old_python_is_told(self) -> None:
         for python in interpreters(7, 8):
@@ -2703,78 +2500,48 @@ class CommandLineTest(KVTest):
                 self.assertEqual(run.returncode, 1)
                 self.assertEqual(run.stderr, "kv.py: needs Python 3.9 or later\n")
 
-
-class RunScriptTest(KVTest):
-    """The way in which the challenge starts the server."""
-
-    def test_in_a_relative_directory_that_has_the_log(self) -> None:
-        shutil.copy(HERE / "kv.py", self.top)
-        shutil.copy(HERE / "run.sh", self.top)
-        directory = self.top / ".lsfr" / "run-1"
-        directory.mkdir(parents=True)
-        with open(directory / "node.log", "ab") as log:
-            process = subprocess.Popen(
-                ["./run.sh", f"--port={self.port}", "--working-dir=.lsfr/run-1"],
-                cwd=self.top,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        wait_until(lambda: listens(self.port), "the server listens", GRACE)
-        with Client(self.port) as client:
-            self.assertEqual(client.request("PUT", "/kv/a", b"1").status, 200)
-        os.killpg(process.pid, signal.SIGTERM)
-        self.assertEqual(process.wait(GRACE), 0)
-        self.assertEqual(set(os.listdir(directory)), {SNAPSHOT, "node.log"})
-
-    def test_from_any_directory_with_the_interpreter_from_the_environment(self) -> None:
+    def test_run_sh_from_any_directory_with_the_interpreter_from_the_environment(self) -> None:
+        """Through links, in a relative directory that also has the log, as the challenge does."""
         script = self.top / "directory with spaces" / "run.sh"
         script.parent.mkdir()
-        shutil.copy(HERE / "kv.py", script.parent)
-        shutil.copy(HERE / "run.sh", script)
+        for name in ("kv.py", "run.sh"):
+            shutil.copy(HERE / name, script.parent)
         python = self.top / "python"
         python.write_text(f'#!/bin/sh\necho "this one" >&2\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)
-        environment = {**os.environ, "PYTHON": str(python)}
-        link, link_to_it = self.top / "link", self.top / "link-to-it"
-        link.symlink_to(script)
-        link_to_it.symlink_to("link")
-        for command in (script, link, link_to_it):
-            run = subprocess.run(
-                [command, "--port=x y"], cwd="/", env=environment, capture_output=True, text=True
-            )
-            self.assertEqual(run.returncode, 2)
-            self.assertIn("this one", run.stderr)
+        (self.top / "link").symlink_to("link-to-it")
+        (self.top / "link-to-it").symlink_to(script)
+        self.directory.mkdir()
+        with open(self.directory / "node.log", "w+") as log:
+            command = ["./link", f"--port={self.port}", "--working-dir=data"]
+            environment = {**os.environ, "PYTHON": str(python)}
+            with running(command, cwd=self.top, env=environment, stderr=log) as process:
+                wait_until(lambda: listens(self.port), "the server listens", GRACE)
+                process.terminate()
+                self.assertEqual(process.wait(GRACE), 0)
+        self.assertIn("this one", (self.directory / "node.log").read_text())
+        self.assertEqual(set(os.listdir(self.directory)), {SNAPSHOT, "node.log"})
 
 
 class DumpTest(KVTest):
-    def dump(self) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LC_ALL": "C"}
-        return kv_py("--dump", f"--working-dir={self.directory}", env=environment, encoding="utf-8")
-
     def test_prints_the_pairs_as_json_lines_beside_a_running_server(self) -> None:
         pairs = {"a": "1", "b": 'päivää 🌍\n"\\\0'}
         self.write_snapshot(pairs)
         self.start()
-        run = self.dump()
+        environment = {**os.environ, "LC_ALL": "C"}
+        run = kv_py("--dump", f"--working-dir={self.directory}", env=environment, encoding="utf-8")
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         lines = [json.loads(line) for line in run.stdout.splitlines()]
         self.assertEqual({line["key"]: line["value"] for line in lines}, pairs)
         self.assertIn("päivää 🌍", run.stdout)
 
     def test_what_cannot_be_dumped_is_an_error(self) -> None:
-        self.assertEqual((self.dump().returncode, self.directory.exists()), (1, False))
-        self.directory.mkdir()
-        self.snapshot.write_bytes(b"x" * 100)
-        run = self.dump()
-        self.assertEqual((run.returncode, run.stdout), (1, ""))
-        self.assertRegex(run.stderr, r"^kv\.py: cannot dump .*checksum.*\n$")
-
-    def test_its_reader_is_gone_or_has_no_room(self) -> None:
+        directory = f"--working-dir={self.directory}"
+        self.assertEqual(
+            (kv_py("--dump", directory).returncode, self.directory.exists()), (1, False)
+        )
         self.write_snapshot({f"key{number}": "value" for number in range(50_000)})
-        dump = f'"{sys.executable}" "{HERE}/kv.py" --dump --working-dir="{self.directory}"'
+        dump = f'"{sys.executable}" "{HERE}/kv.py" --dump "{directory}"'
         for behind, lines, error in (
             ("| head -1", 1, "^$"),
             (">&-", 0, r"^kv\.py: cannot dump .*Bad file descriptor\n$"),
@@ -2784,6 +2551,10 @@ class DumpTest(KVTest):
             self.assertEqual(run.stdout.count("\n"), lines)
             self.assertRegex(run.stderr, error)
             self.assertEqual(run.returncode, 0 if lines else 1)
+        self.snapshot.write_bytes(b"x" * 100)
+        run = kv_py("--dump", directory)
+        self.assertEqual((run.returncode, run.stdout), (1, ""))
+        self.assertRegex(run.stderr, r"^kv\.py: cannot dump .*checksum.*\n$")
 
 
 # ---- Clients that people use, and proxies ----
@@ -3008,13 +2779,8 @@ class ReadmeTest(KVTest):
 
 
 def soak(minutes: float) -> None:
-    """Many requests, then shutdowns under load and hostile bytes; whatever is wrong ends it."""
+    """Shutdowns under load and hostile bytes, in turns; whatever is wrong ends it."""
     with tempfile.TemporaryDirectory(prefix="kv-soak-") as top:
-        with ServerProcess(Path(top) / "many") as server:
-            for requests, connections in ((1_000, 1_000), (200_000, 20_000)):
-                load_server(server, requests, connections)
-                figures = server.resident_bytes(), server.threads(), server.descriptors()
-                print(f"after {requests:,} requests: bytes, threads, descriptors", *figures)
         end = time.monotonic() + minutes * 60
         seed = time.time_ns() % 1_000_000
         acknowledged = cycles = 0
@@ -3034,6 +2800,12 @@ def soak(minutes: float) -> None:
 
 
 # ---- Bench: kv.py beside the textbook and the least that a server can do ----
+
+
+def textbook(port: int) -> None:
+    """The first version, with a listen queue that is long enough to be measured at all."""
+    sys.argv[1:] = [f"--port={port}", "--working-dir=nowhere"]
+    exec(FIRST_VERSION.replace("daemon_threads = False", "request_queue_size = 4096"), {})
 
 
 def bare_sockets(port: int) -> None:
@@ -3060,21 +2832,13 @@ def bare_sockets(port: int) -> None:
             connections.put(connection)
 
 
-def answer_size(port: int, sent: bytes) -> int:
-    """How many bytes the answer has; the same for each, as only their dates differ."""
-    with Client(port) as client:
-        client.send(sent)
-        client.socket.settimeout(0.2)
-        received = b""
-        with contextlib.suppress(TimeoutError, socket.timeout):
-            while piece := client.socket.recv(65536):
-                received += piece
-        return len(received)
-
-
 def requests_per_second(port: int, clients: int, requests: list[bytes], seconds: float) -> float:
     """Have that many clients send one request after another; the next when one is answered."""
-    size = answer_size(port, requests[0])
+    with Client(port) as first:  # the answers differ in their dates only
+        first.send(requests[0])
+        first.socket.recv(1, socket.MSG_PEEK)
+        time.sleep(0.05)  # the body may come behind the head
+        size = len(first.socket.recv(65536))
     closing = b"close" in requests[0]
     selector = selectors.DefaultSelector()
     missing = {}
@@ -3111,9 +2875,8 @@ def requests_per_second(port: int, clients: int, requests: list[bytes], seconds:
 
 
 def bench() -> None:
-    """Print one table. Absolute figures differ from run to run; compare within one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"Python {sys.version.split()[0]}, {sys.platform}, {cores} cores")
+    """Print two tables. Figures differ from run to run; compare within one."""
+    print(f"Python {sys.version.split()[0]}, {sys.platform}, {os.cpu_count()} cores\n")
     gets = [request("GET", f"/kv/key{number}") for number in range(1000)]
     puts = [put(f"key{number}", "value") for number in range(1000)]
     loads = {
@@ -3125,50 +2888,36 @@ def bench() -> None:
             [request("GET", "/kv/key0", None, "Connection: close")],
         ),
     }
-    figures: dict[str, dict[str, float]] = {name: {} for name in loads}
+    figures: dict[str, list[float]] = {load: [] for load in loads}
     with tempfile.TemporaryDirectory(prefix="kv-bench-") as top:
-        for name in ("kv.py", "http.server", "bare sockets"):
-            progress(name)
+        for target in (None, textbook, bare_sockets):
             with contextlib.ExitStack() as stack:
-                if name == "kv.py":
-                    port = stack.enter_context(ServerProcess(Path(top) / "kv")).port
-                elif name == "http.server":
-                    # With a listen queue that is long enough to be measured at all.
-                    changes = "daemon_threads = False", "request_queue_size = 4096"
-                    command = [sys.executable, "-c", FIRST_VERSION.replace(*changes)]
-                    program = Program(command, Path(top), free_port())
-                    stack.enter_context(program).wait_until_ready()
-                    port = program.port
-                else:
+                if target:
                     port = free_port()
-                    process = multiprocessing.get_context("fork").Process(
-                        target=bare_sockets, args=[port]
-                    )
+                    context = multiprocessing.get_context("fork")
+                    process = context.Process(target=target, args=[port], daemon=True)
                     process.start()
-                    stack.callback(process.join)
                     stack.callback(process.kill)
-                    wait_until(functools.partial(listens, port), name)
+                    wait_until(functools.partial(listens, port), "it listens")
+                else:
+                    port = stack.enter_context(ServerProcess(Path(top) / "kv")).port
                 for load, (clients, requests) in loads.items():
                     rounds = [requests_per_second(port, clients, requests, 1.0) for _ in range(3)]
-                    figures[load][name] = sorted(rounds)[1]
-        print(f"\n{'requests per second':40}{'kv.py':>9}{'http.server':>13}{'bare sockets':>14}")
-        for load, row in figures.items():
-            print(f"{load:40}{row['kv.py']:9,.0f}{row['http.server']:13,.0f}", end="")
-            print(f"{row['bare sockets']:14,.0f}")
-        print(f"\n{'kv.py beside the plain thing':40}{'kv.py':>9}{'plain':>9}{'ratio':>8}")
-        for what, ours, plain, unit in measurements(Path(top)):
-            ratio = f"{ours / plain:8.2f}" if plain else ""
-            print(f"{what:40}{ours:9.3f}{f'{plain:9.3f}' if plain else '':9}{ratio:8} {unit}")
+                    figures[load].append(sorted(rounds)[1])
+        print(f"{'requests per second':40}    kv.py   http.server   bare sockets")
+        for load, (ours, *plain) in figures.items():
+            ratios = "".join(f"{figure:9,.0f} ({ours / figure:4.2f})" for figure in plain)
+            print(f"{load:40}{ours:9,.0f}{ratios}")
+        print(f"\n{'beside the plain thing':40}    kv.py    plain   ratio")
+        for what, ours, other, unit in measurements(Path(top)):
+            beside = f"{other:9.3f}{ours / other:8.2f}" if other else " " * 17
+            print(f"{what:40}{ours:9.3f}{beside} {unit}", flush=True)
 
 
-def progress(what: str) -> None:
-    print(f"... {what}", file=sys.stderr, flush=True)
-
-
-def seconds_of(*actions: Callable[[], Any]) -> list[float]:
+def seconds_of(*actions: Callable[[], Any], rounds: int = 5) -> list[float]:
     """The median for each action; they take turns, so that each finds the machine alike."""
     durations: list[list[float]] = [[] for _ in actions]
-    for _ in range(5):
+    for _ in range(rounds):
         for action, list_ in zip(actions, durations):
             begin = time.monotonic()
             action()
@@ -3178,50 +2927,30 @@ def seconds_of(*actions: Callable[[], Any]) -> list[float]:
 
 def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
     """What is measured, kv.py's figure, the plain thing's or 0, and the unit."""
-    progress("start")
 
-    def start_and_stop() -> None:
-        with ServerProcess(top / "start") as server:
-            server.send_signal(signal.SIGKILL)
+    def start_and_kill() -> None:
+        ServerProcess(top / "start").__exit__()
 
     imports = [sys.executable, "-c", "import http.server, argparse"]
-    ours, plain = seconds_of(start_and_stop, lambda: subprocess.run(imports, check=True))
+    ours, plain = seconds_of(start_and_kill, lambda: subprocess.run(imports, check=True))
     yield "start, plain: importing http.server", ours, plain, "s"
 
-    progress("10,000 clients at once")
-    allow_descriptors(10_100)
+    allow_descriptors(20_000)
     with ServerProcess(top / "burst") as server:
         requests = [put(f"key{number}", "value") for number in range(10_000)]
-        begin = time.monotonic()
-        answers = burst(server.port, requests)
-        assert answers == {"200": 10_000}, answers
-        yield "10,000 clients PUT at the same instant", time.monotonic() - begin, 0, "s"
+        (seconds,) = seconds_of(lambda: burst(server.port, requests), rounds=1)
+        yield "10,000 clients PUT at the same instant", seconds, 0, "s"
 
-    progress("15,000 idle connections")
-    allow_descriptors(20_000)
-    number = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
     with ServerProcess(top / "idle") as server, contextlib.ExitStack() as stack:
-        stack.enter_context(server.connect()).request("GET", "/health")
-        resident = server.resident_bytes() if sys.platform == "linux" else 0
-        for _ in range(number):
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-            client.send(request("GET", "/health"))
-            client.recv(1000)
-        if resident:
-            each = (server.resident_bytes() - resident) / number / 1024
-            yield f"memory of one of {number:,} idle connections", each, 0, "KiB"
-        begin = time.monotonic()
-        server.stop()
-        yield "SIGTERM to exit with them", time.monotonic() - begin, 0, "s"
+        yield "memory of one of 15,000 idle connections", idle_bytes(server, stack) / 1024, 0, "KiB"
+        (seconds,) = seconds_of(server.stop, rounds=1)
+        yield "SIGTERM to exit with them", seconds, 0, "s"
 
-    progress("9,000 busy clients")
     with ServerProcess(top / "busy") as server:
         loops = [Loop(put(f"{n}-{m}", "value") for m in range(3)) for n in range(9_000)]
-        begin = time.monotonic()
-        assert keep_alive(server.port, loops).answers == {"200": 27_000}
-        yield "9,000 clients PUT 3 times each", time.monotonic() - begin, 0, "s"
+        (seconds,) = seconds_of(lambda: keep_alive(server.port, loops), rounds=1)
+        yield "9,000 clients PUT 3 times each", seconds, 0, "s"
 
-    progress("1,000,000 pairs of 16 and 100 bytes")
     pairs = {f"key{number:013}": f"{number:0100}" for number in range(1_000_000)}
 
     def dump() -> None:
@@ -3234,36 +2963,24 @@ def measurements(top: Path) -> Iterator[tuple[str, float, float, str]]:
         with open(top / "plain", "rb") as file:
             return pickle.load(file)
 
+    (top / "large").mkdir()
     snapshot = kv.Snapshot(str(top / "large"))
-    snapshot.open()
     ours, plain = seconds_of(lambda: snapshot.save(pairs), dump)
     yield "save 1,000,000 pairs, plain: pickle.dump", ours, plain, "s"
     ours, plain = seconds_of(snapshot.load, load)
     yield "load 1,000,000 pairs, plain: pickle.load", ours, plain, "s"
-    os.close(snapshot._locked)
-    with ServerProcess(top / "large") as server:
-        with server.connect() as asking:
-            slowest = []
-            for name in ("one", "two"):
-                begin = longest = 0.0
-                end = time.monotonic() + 1.0
-                if name == "two":
-                    asking.request("PUT", "/kv/two", b"value")
-                    server.send_signal(signal.SIGUSR1)
-                while "saved" not in server.log if name == "two" else time.monotonic() < end:
-                    begin = time.monotonic()
-                    asking.request("GET", "/health")
-                    longest = max(longest, time.monotonic() - begin)
-                slowest.append(longest)
+    with ServerProcess(top / "large") as server, server.connect() as client:
+        slowest, end, before = [0.0, 0.0], time.monotonic() + 2, server.resident_bytes()
+        highest = before
+        while time.monotonic() < end or "saved" not in server.log:
+            is_saving = time.monotonic() >= end
+            if is_saving and not slowest[1]:
+                server.send_signal(signal.SIGUSR1)
+            (seconds,) = seconds_of(lambda: client.request("GET", "/health"), rounds=1)
+            slowest[is_saving] = max(slowest[is_saving], seconds)
+            highest = max(highest, server.resident_bytes())
         yield "slowest GET in a save, plain: without", slowest[1], slowest[0], "s"
-        if sys.platform == "linux":
-            server.request("PUT", "/kv/one-more", b"value")
-            before = highest = server.resident_bytes()
-            server.send_signal()
-            with contextlib.suppress(FileNotFoundError, IndexError):
-                while server.process.poll() is None:
-                    highest = max(highest, server.resident_bytes())
-            yield "memory during a save, plain: before", highest / 1e6, before / 1e6, "MB"
+        yield "memory during a save, plain: before", highest / 1e6, before / 1e6, "MB"
 
 
 def run_all() -> bool:
