@@ -11,13 +11,13 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte.
     GET    /health     "ok"
 
 All pairs live in memory. A shutdown, by SIGTERM or Ctrl-C, writes them to a snapshot in the working
-directory, and the next start reads them back. A shutdown has 15 s, unless --graceful-timeout says
-otherwise, and four steps:
+directory, and the next start reads them back. A shutdown is given 15 s, unless --graceful-timeout
+says otherwise, and has four steps:
 
-    Stop    Clients that have connected are still served, new ones are refused. From now on, each
-            answer says `Connection: close`.
-    Idle    Idle connections are closed once nobody has sent anything for 0.2 s, or after 2 s in any
-            case.
+    Stop    Clients that have connected are still served, new ones are kept out. From now on, an
+            answer says `Connection: close`, unless the client has already sent the next request.
+    Idle    Idle connections are closed once nothing has been in flight for 0.2 s, or after 2 s in
+            any case.
     Drain   Requests in flight are waited for, until 12 s (four fifths of the time) have passed.
             After the first second, what has been written is saved each second.
     Save    Writes are answered 503 now, and the last snapshot is written. If that fails, it is
@@ -26,8 +26,8 @@ otherwise, and four steps:
 Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved. A crash,
 unlike a shutdown, loses what was written since the last snapshot: there is no write-ahead log.
 
-The file reads from the inside out: each part uses those before it, and a connection its server.
-Persistence is in three parts: store, snapshot and shutdown.
+The file reads from the inside out. Each part uses only earlier ones, except that a connection also
+asks its server. Persistence is in three parts: store, snapshot and shutdown.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.has_changed = False  # since the last save began
-        # Clients may use up all the memory that `ulimit -v` allows. This reserve is freed for the
-        # last save. In a try, 1 MiB was not enough.
+        # Clients may use up the memory that `ulimit -v` allows. This reserve is freed before the last
+        # save; 1 MiB was too little.
         self._reserve = bytearray(8 * 1024 * 1024)
 
     def get(self, key: str) -> str | None:
@@ -125,12 +125,11 @@ class Store:
             self._reserve.clear()
 
     def begin_save(self) -> dict[str, str]:
-        """Return all pairs, which do not change while they are being written."""
+        """Return a dict of all pairs that later writes do not touch."""
         with self._lock:
             self.has_changed = False
-            # Requests go on while a copy is written. It is one of the dict, not of its strings, and
-            # takes some 10 ms for a million pairs. A closed store does not change, so it needs no
-            # copy, nor memory for one.
+            # Requests go on during the save, so it gets a copy of the dict, not of its strings: 10 ms
+            # for a million pairs. A closed store does not change, and needs no memory for a copy.
             return self._pairs if self._closed else self._pairs.copy()
 
 
@@ -206,8 +205,8 @@ class Snapshot:
     """The snapshot in a working directory, which it locks against a second kv.py."""
 
     def __init__(self, directory: str) -> None:
-        # Absolute, so that a file system that is mounted there later is found. Not by abspath(), to
-        # which `link/..` is the directory of the link, and not the parent of what it leads to.
+        # Absolute, as `.` would miss a file system that is mounted over it later. Not by abspath(),
+        # which takes `link/..` for the directory of the link; the system goes where it leads to.
         self._directory = os.path.join(os.getcwd(), directory)
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
@@ -218,7 +217,7 @@ class Snapshot:
         Raises OSError or SnapshotError. What would make a save fail is better found out now.
         """
         os.makedirs(self._directory, exist_ok=True)
-        # Open until the process ends. However it ends, the kernel gives the lock back then.
+        # Never closed: the kernel gives the lock back when the process ends, even in a crash.
         self._locked = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,8 +237,8 @@ class Snapshot:
     def save(self, pairs: dict[str, str]) -> None:
         """Replace the snapshot, whole or not at all.
 
-        Raises OSError (disk full, directory gone, ...). The old snapshot is then still in place,
-        or, if only the sync of its name failed, the whole new one.
+        Raises OSError (disk full, directory gone, ...) or MemoryError. The old snapshot is then
+        still in place, or, if only the sync of its name failed, the whole new one.
         """
         try:
             # The content reaches the disk before the name. Otherwise a power failure in between
@@ -280,8 +279,8 @@ class Log:
         self._lock = threading.Lock()
         self._descriptor = 2
         with contextlib.suppress(OSError):  # no terminal
-            # A terminal may have room for a part of a line only. It is opened anew, as otherwise
-            # other programs, such as the shell, would not wait for it any more, either.
+            # A terminal may have room for a part of a line only, and a write would wait for more.
+            # Opened anew, because O_NONBLOCK on descriptor 2 would apply to the shell, too.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
             self._descriptor = os.open(os.ttyname(2), flags)
 
@@ -291,7 +290,7 @@ class Log:
             return
         with self._lock, contextlib.suppress(OSError):  # the reader is gone
             if select.select([], [self._descriptor], [], 0)[1]:
-                # If there is room in a pipe at all, then for PIPE_BUF bytes.
+                # A pipe in which select sees room has room for PIPE_BUF bytes.
                 os.write(self._descriptor, line[: select.PIPE_BUF - 1] + b"\n")
 
     def error(self, error: BaseException) -> None:
@@ -304,10 +303,10 @@ class Log:
 # ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
 #
 # A server and the proxy in front of it must agree where each request ends, or one client's bytes
-# become the start of another client's request. So nothing is guessed or repaired.
+# become the start of another client's request. So nothing about that is guessed or repaired.
 
-# The largest value, in bytes. Receiving it can take three times as much memory, and storing it four
-# times: with one emoji in it, a str uses four bytes for every character.
+# The largest value, in bytes. It takes several times that memory while it is received. Stored, it
+# takes four times, if there is one emoji in it.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line, or a line of a chunked body, in bytes. RFC 9112 3 asks for room for 8,000.
 MAX_LINE = 8192
@@ -322,9 +321,9 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# Hosts that nobody can have made to lead here: an IP address, a name without a dot, localhost. With
-# others, there is DNS rebinding: a page has its own name resolve to 127.0.0.1, and the browser then
-# takes this server for the page's own, and lets the page read and write.
+# Hosts that an attacker cannot point at this machine: IP addresses, localhost, names without a dot
+# (nor a %, as %2e is a dot). Others are refused because of DNS rebinding: a page has its own name
+# resolve to 127.0.0.1, and the browser takes this server for the page's own, free to read and write.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|(?:.*\.)?localhost\.?)" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
@@ -336,7 +335,7 @@ FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 CHARSET = re.compile(rb"; *charset *= *\"?([^\";, ]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# What no line of text contains: an LF without its CR, a CR without its LF, other control characters
+# An LF without its CR, a CR without its LF, another control character: this will never be a head.
 NO_TEXT = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -388,9 +387,9 @@ class Fields(NamedTuple):
     refusal: tuple[int, str] | None  # the status and the text
 
 
-# A client repeats its header fields byte for byte with each request, and parsing them costs more
-# than all the rest. The result depends on these arguments alone, so it may be remembered, and no
-# value is in it. All of it takes at most 64 times 40 KiB.
+# A client repeats its header byte for byte, and parsing it costs more than all the rest. So results
+# are remembered. They depend on these arguments alone, and neither key nor value is in them. The 64
+# of them take 40 KiB each (MAX_LINE and MAX_HEADER) at most.
 @functools.lru_cache(maxsize=64)
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, is_local: bool
@@ -414,7 +413,7 @@ def parse_fields(
         raise Refusal(400, "Transfer-Encoding not allowed here")
     if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Refusal(501, "only the chunked transfer coding")
-    # With two different lengths, a proxy in front may have gone by the other one. int() takes "+1",
+    # Of two different lengths, a proxy may have believed the one that we do not. int() takes "+1",
     # "1_0" and " 1 ", too.
     if len(set(lengths)) > 1 or not lengths[0].isdigit():
         raise Refusal(400, "invalid Content-Length")
@@ -462,10 +461,17 @@ def answer_head(status: int, second: int) -> bytes:
 # ---- API: what a request does to the store, and what it is answered ----
 #
 # These functions know nothing of sockets. They return the body of an answer with the status 200, or
-# raise a Refusal. The connection answers HEAD like GET without the body, and adds these statuses:
-# 400, 408, 414, 431, 501 if the request breaks HTTP's rules, is too slow or too large; 413 if the
-# value is over MAX_VALUE; 400, 415, 501 if a field changes what the write means (see refuse_write);
-# 421 if the request is for another host; 503 if the write comes too late in a shutdown.
+# raise a Refusal, whose text is the body. What else is answered:
+#
+#     HEAD            like GET, without the body
+#     400, 415, 501   a field changes what a write means: see refuse_write
+#     413             the value is over MAX_VALUE
+#     421             the request is for another host: see LOCAL_HOST
+#     503             the write comes too late in a shutdown
+#     400, 408, 414, 431, 501   the request breaks HTTP's rules, is too slow or too large
+#
+# A web page of another origin cannot read an answer without a CORS field, nor send PUT or DELETE
+# without an OPTIONS before, which is not allowed here.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -536,11 +542,11 @@ def route(method: str, path: str) -> tuple[Callable[[Store, str, bytes], bytes],
 # answers say `Connection: close`, and whether others wait for a worker.
 
 # How many seconds a worker waits for the next request of a connection before it parks it. A busy
-# client sends it within that time, which saves a hand-over between threads. If it were longer, more
-# workers would wait for nothing. A shutdown waits that long for idle clients.
+# client sends it within that time, which saves a hand-over between threads. A longer time would tie
+# up workers for idle clients. A shutdown waits that long for idle clients, too.
 TICK = 0.2
-# How many seconds a client may let a worker wait, for a request, or for room for more of an answer.
-# A client that needs longer is gone, or wants to hold the worker.
+# How many seconds a request may take (but see _receive), and how long a client may read nothing of
+# an answer. A client that needs longer is gone, or wants to hold the worker.
 STALL_SECONDS = 15.0
 # How many bytes are received at once. Each worker that waits has that much memory allocated.
 RECEIVE_SIZE = 16 * 1024
@@ -559,8 +565,8 @@ class Connection:
         # Nagle's algorithm would hold back an answer until the one before it is acknowledged,
         # which the client's kernel delays by 40 ms.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel ends a receive or a send with BlockingIOError after that many seconds and
-        # microseconds. settimeout() would cost a poll, one more system call, before each of them.
+        # After that many seconds and microseconds, a receive or a send raises BlockingIOError.
+        # settimeout() would cost a poll, one more system call, before each of them.
         tick = struct.pack("ll", 0, int(TICK * 1_000_000))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         stall = struct.pack("ll", int(STALL_SECONDS), 0)
@@ -581,7 +587,7 @@ class Connection:
 
     def has_begun_request(self) -> bool:
         """Whether something of the next request is in the buffer, where no selector sees it."""
-        # An empty line is no request. Some clients send one behind a body: RFC 9112 2.2.
+        # Some clients send an empty line behind a body, perhaps in two packets: RFC 9112 2.2.
         while self._buffer.startswith(b"\r\n"):
             self._buffer = self._buffer[2:]
         return self._buffer not in (b"", b"\r")
@@ -609,23 +615,24 @@ class Connection:
 
     def _serve_request(self) -> None:
         self._deadline = time.monotonic() + STALL_SECONDS
-        # Until the request's end is found, a refusal closes the connection: nobody knows where the
-        # next request starts, and the client may still be sending.
+        # Until `_read_body` finds the request's end, a refusal closes the connection: nobody knows
+        # where the next request starts, and the client may still be sending.
         self.closing = must_linger = True
         line, http11, field = b"", True, b""
         try:
             line, block = self._read_until(b"\r\n\r\n", 414)
             method, host, path, http11 = parse_request_line(line)
             fields = parse_fields(block, method, host, http11, self._server.is_local)
-            # The body of a refused request is read, too, as the next request starts behind it. But
-            # a client that expects 100 is refused before it sends its body: RFC 9110 10.1.1.
+            # A refused body is still read, to find the next request. But a client that expects 100
+            # is refused before it sends the body: RFC 9110 10.1.1.
             body = b"" if fields.expects_continue else self._read_body(fields)
             if fields.refusal:
                 raise Refusal(*fields.refusal)
             function, key = route(method, path)
             if fields.expects_continue:
                 body = self._read_body(fields)
-            # After its last request, a client sends nothing more but an empty line behind a body.
+            # A client that has said `Connection: close` sends nothing more, except perhaps an empty
+            # line behind a body.
             must_linger = fields.keep_alive or bool(body)
             status, answer = 200, function(self._server.store, key, body)
         except Refusal as refusal:
@@ -639,6 +646,7 @@ class Connection:
             field += b"Connection: close\r\n"
         elif not http11:
             field += b"Connection: keep-alive\r\n"
+        # If there is no whole head, its beginning is still in the buffer.
         self._answer(line or self._buffer, status, field, answer)
         if self.closing and must_linger:
             self._linger()
@@ -695,7 +703,7 @@ class Connection:
         """Take the body out of the buffer, and so find the request's end: RFC 9112 6.3."""
         body = b""
         if fields.length or fields.chunked:
-            if fields.expects_continue and not self._buffer:
+            if fields.expects_continue and not self._buffer:  # else the body is on its way
                 self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = self._read_chunks() if fields.chunked else self._read(fields.length)
         self.closing = not fields.keep_alive
@@ -756,8 +764,8 @@ class Connection:
 class Workers:
     """Threads, and the queue of connections that wait for one.
 
-    A worker that takes a connection starts another worker if none is free then. Whoever gives the
-    connections has no time for that. Workers never end: a thousand idle ones take 25 MB.
+    The worker that takes a connection starts another one if none is free; the acceptor is too busy
+    for that. Workers never end: a thousand idle ones take 25 MB.
     """
 
     # Each client that stalls holds a worker. Fewer workers would all be held by fewer clients. More
@@ -775,7 +783,7 @@ class Workers:
 
     def give(self, connection: Connection) -> None:
         """Put a connection at the end of the queue."""
-        with self._lock:  # the worker that takes it waits for this lock before it counts it off
+        with self._lock:  # so that no worker subtracts this connection before it is added
             self._queue.put(connection)
             self.in_hand += 1
             self.last_given = time.monotonic()
@@ -802,7 +810,7 @@ class Workers:
                 self.start_one_if_none_is_free()
             self._serve(connection)
         finally:
-            # Only after the connection has been parked, or for a moment nobody would count it.
+            # After parking, so that count_connections() never misses it.
             with self._lock:
                 self.in_hand -= 1
 
@@ -813,8 +821,9 @@ class Workers:
 class Server(ThreadingHTTPServer):
     """Accepts connections, and gives each to a worker while requests keep coming.
 
-    Its base class binds the listening socket, listens, accepts and closes it. The loop and the
-    threads are our own, since those there keep a thread for each connection, even an idle one.
+    Its base class binds the listening socket, listens, accepts and closes it. Loop and threads are
+    our own: the base class spends a thread on each connection, even an idle one. So its shutdown(),
+    which waits for that loop, would wait for ever.
 
     Two kinds of threads meet at the selector:
     - A worker registers a connection, which parks it. That is the last thing that it does with the
@@ -874,18 +883,18 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Have the acceptor end when the last connection is closed."""
-        # Clients in the listen queue are served, new ones are kept out. Otherwise the queue might
-        # never be empty, as clients that have read `Connection: close` connect again. And one that
-        # came between the last look at the queue and its end would be reset. So the kernel runs a
-        # program on each packet: load byte 13 of the TCP header; if that has the flag SYN (2), skip
-        # a line; keep all of the packet; keep nothing of it.
+        # Clients in the listen queue are still served. New ones must not get into it. It might never
+        # be empty, as a client that has read `Connection: close` connects again. And one that came
+        # between the last accept and the close would be reset. So the kernel drops each SYN packet
+        # by this program: load byte 13 of the TCP header; if it has the flag SYN (2), skip a line;
+        # keep the whole packet; keep nothing.
         lines = (0x30, 0, 0, 13), (0x45, 1, 0, 2), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
         program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
         pointer = struct.pack("HL", len(lines), program.buffer_info()[0])
         so_attach_filter = 26
         try:
             self.socket.setsockopt(socket.SOL_SOCKET, so_attach_filter, pointer)
-        except OSError:  # not on Linux: there, only one more client has room
+        except OSError:  # not on Linux, or in a sandbox: have room for one more client only
             self.socket.listen(0)
         self._stopping_since = time.monotonic()
 
@@ -899,7 +908,7 @@ class Server(ThreadingHTTPServer):
         return self._is_full or self._stopping_since > 0
 
     def count_connections(self) -> int:
-        # In this order, as one that is being parked must be counted, even if twice for a moment.
+        # in_hand first: a connection that is being parked is counted twice rather than not at all.
         in_hand = self.workers.in_hand
         return in_hand + len(self._parked)
 
@@ -917,8 +926,8 @@ class Server(ThreadingHTTPServer):
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most; have workers serve those who have come."""
         if self.says_close():
-            # Full, the clients in the listen queue would end each wait of the selector at once.
-            # Stopping, nothing would end it when a worker closes the last connection.
+            # When full, clients in the listen queue would end each wait of the selector at once.
+            # When stopping, a worker that closes the last connection would not end it. So poll.
             time.sleep(seconds / 10)
             seconds = 0.0
         for key, _ in self._selector.select(seconds):
@@ -956,8 +965,8 @@ class Server(ThreadingHTTPServer):
         now = time.monotonic()
         limit = self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
         if self._stopping_since:
-            # A client with a request in hand may send its next one on another connection of its
-            # pool, which has not been told to close.
+            # A client with a request in hand may send the next one on another connection of its
+            # pool, on which it has not read `Connection: close` yet.
             heard = now if self.workers.in_hand else self.workers.last_given
             is_quiet = now - max(heard, self._stopping_since) >= TICK
             is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
@@ -1031,7 +1040,7 @@ def wait_for_stop(store: Store, save: Callable[[], str], stops: set[Any]) -> tup
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stops:
-            # It came during the save. Nobody knows when, so its time began with the save.
+            # It came during the save, nobody knows when. So its time is counted from the save on.
             return signal.sigwait(stops), begin
 
 
@@ -1048,7 +1057,8 @@ def drain(server: Server, save: Callable[[], str], begin: float, end: float) -> 
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_over:
-        clients, left = count(server.count_connections(), "connection"), end - time.monotonic()
+        clients = count(server.count_connections(), "connection")
+        left = max(0.0, end - time.monotonic())
         server.log(f"waiting for {clients}, {left:.0f} s at most; SIGTERM or Ctrl-C ends that")
     while not is_over and time.monotonic() < end and not signal.sigpending() & IMPATIENT:
         # In case SIGKILL comes before the last save.
@@ -1072,7 +1082,7 @@ def shut_down(server: Server, save: Callable[[], str], begin: float, seconds: fl
     server.store.close()
     failure = save()
     while failure and time.monotonic() + 1.0 < begin + seconds:
-        if signal.sigpending() & IMPATIENT:
+        if signal.sigpending() & IMPATIENT:  # the one that has ended the drain counts, too
             break
         time.sleep(1.0)
         failure = save()
@@ -1083,9 +1093,9 @@ def shut_down(server: Server, save: Callable[[], str], begin: float, seconds: fl
 
 # ---- Start: arguments, signals, exit codes ----
 
-# All signals but these stop the server, as they would end the process without a save. Line by line:
-# the process has crashed; they cannot be waited for, or pause the process; they are ignored; they
-# save. Not every system has all of them.
+# All signals but these stop the server, as they would end the process without a save: signs of a
+# crash; signals that cannot be waited for, or that pause a process; signals that are ignored by
+# default; and those that save. Not every system has all of them.
 NO_STOP = """
     SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP
     SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT
@@ -1151,13 +1161,13 @@ def raise_descriptor_limit() -> None:
 def stay_on_one_core() -> None:
     """Keep all threads on one processor core, where the system can do that.
 
-    Only the thread that has the interpreter lock runs, so a second core adds little. But passing
-    the lock to a thread on another core has to wake that core, which costs half the requests per
-    second with 64 busy connections. The core is a random one, as several servers may run here.
+    Only the thread that has the interpreter lock runs. Passing the lock to a thread on another core
+    has to wake that core, which costs half the requests per second with 64 busy connections.
     """
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()  # 3.13 may be built without it
     if has_lock and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it
+            # A random one, as several servers may run here.
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
 
 
@@ -1195,7 +1205,7 @@ def main() -> None:
             dump(snapshot)
             return
         stops = block_signals()
-        os.umask(0o077)  # the snapshot and a new directory are for their owner, who can read them
+        os.umask(0o077)  # only the owner may read the snapshot, and can
         stay_on_one_core()
         raise_descriptor_limit()
         snapshot.open()
