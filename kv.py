@@ -89,8 +89,8 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.has_changed = False  # since the last save began
-        # Clients may use up the memory that `ulimit -v` allows. This reserve is freed before the last
-        # save; 1 MiB was too little.
+        # Clients may use up the memory that `ulimit -v` allows. So this reserve is freed for the
+        # last save; 1 MiB was too little.
         self._reserve = bytearray(8 * 1024 * 1024)
 
     def get(self, key: str) -> str | None:
@@ -128,8 +128,8 @@ class Store:
         """Return a dict of all pairs that later writes do not touch."""
         with self._lock:
             self.has_changed = False
-            # Requests go on during the save, so it gets a copy of the dict, not of its strings: 10 ms
-            # for a million pairs. A closed store does not change, and needs no memory for a copy.
+            # Requests go on during the save, so it gets a copy of the dict, not of its strings. That
+            # takes 10 ms for a million pairs. A closed store does not change, and needs no copy.
             return self._pairs if self._closed else self._pairs.copy()
 
 
@@ -323,7 +323,7 @@ PORT = rb"(?::[0-9]*)?"
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
 # Hosts that an attacker cannot point at this machine: IP addresses, localhost, names without a dot
 # (nor a %, as %2e is a dot). Others are refused because of DNS rebinding: a page has its own name
-# resolve to 127.0.0.1, and the browser takes this server for the page's own, free to read and write.
+# resolve to 127.0.0.1, and the browser takes this server for the page's own.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|(?:.*\.)?localhost\.?)" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
@@ -883,11 +883,11 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Have the acceptor end when the last connection is closed."""
-        # Clients in the listen queue are still served. New ones must not get into it. It might never
-        # be empty, as a client that has read `Connection: close` connects again. And one that came
-        # between the last accept and the close would be reset. So the kernel drops each SYN packet
-        # by this program: load byte 13 of the TCP header; if it has the flag SYN (2), skip a line;
-        # keep the whole packet; keep nothing.
+        # Clients in the listen queue are still served. New ones must not get into it: it might
+        # never be empty, as a client that has read `Connection: close` connects again. And one that
+        # came between the last accept and the close would be reset. So the kernel drops each SYN
+        # packet by this program: load byte 13 of the TCP header; if it has the flag SYN (2), skip a
+        # line; keep the whole packet; keep nothing.
         lines = (0x30, 0, 0, 13), (0x45, 1, 0, 2), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
         program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
         pointer = struct.pack("HL", len(lines), program.buffer_info()[0])
