@@ -128,8 +128,8 @@ class Store:
         """Return a dict of all pairs that later writes do not touch."""
         with self._lock:
             self.has_changed = False
-            # Requests go on during the save, so it gets a copy of the dict, not of its strings, which
-            # takes 10 ms for a million pairs. A closed store does not change, and needs no copy.
+            # Requests go on during the save. So it gets a copy of the dict, not of its strings:
+            # 10 ms for a million pairs. A closed store does not change, and needs no copy.
             return self._pairs if self._closed else self._pairs.copy()
 
 
