@@ -15,7 +15,6 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import errno
 import functools
 import hashlib
@@ -139,12 +138,6 @@ class Client:
     def request(self, method: str, path: str, body: bytes | None = None, *more: str) -> Answer:
         self.send(request(method, path, body, *more))
         return self.receive(method)
-
-    def reset(self) -> None:
-        """Close it as a client does that has crashed."""
-        linger = struct.pack("ii", 1, 0)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.__exit__()
 
     def is_closed(self) -> bool:
         """Whether the server has closed the connection; waits for nothing else."""
@@ -524,9 +517,33 @@ def pooled_burst(port: int, requests: list[bytes]) -> collections.Counter[str]:
     return +answers
 
 
-def endless_puts(client: int) -> Iterator[bytes]:
-    for count in itertools.count():
-        yield put(f"{client}-{count % 100}", str(count))
+def writes(client: int, chance: random.Random) -> Iterator[bytes]:
+    """PUTs and DELETEs, without an end, of keys that no other client has."""
+    for number in itertools.count():
+        key = f"{client}-{chance.randrange(200)}"
+        deletes = chance.random() < 0.2
+        yield request("DELETE", f"/kv/{key}") if deletes else put(key, str(number))
+
+
+def stop_under_load(
+    program: Program, clients: int, chance: random.Random, saves: int = 0
+) -> Outcome:
+    """Stop a program while clients write. Each that is not refused must be answered 200.
+
+    A third of them have no pause, the others one of up to 4 or 60 ms.
+    """
+    pauses = [chance.random() * (0, 0.004, 0.06)[client % 3] for client in range(clients)]
+    loops = [Loop(writes(client, chance), pause) for client, pause in enumerate(pauses)]
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        running = thread.submit(keep_alive, program.port, loops)
+        for _ in range(saves):
+            time.sleep(chance.uniform(0, 0.2))  # the moments are left to chance
+            program.send_signal(signal.SIGUSR1)
+        time.sleep(chance.uniform(0.1, 0.3))
+        code = program.stop()
+        outcome = running.result()
+    assert (code, set(outcome.answers)) == (0, {"200"}), (code, outcome.answers)
+    return outcome
 
 
 def allow_descriptors(number: int) -> None:
@@ -568,9 +585,6 @@ class AskedForTest(ProgramTest):
         for method in ("PUT", "GET", "DELETE"):
             answer = program.request(method, "/kv/", b"x" if method == "PUT" else None)
             self.check(answer, 400, b"key cannot be empty\n")
-
-    def test_a_missing_key_is_not_found(self) -> None:
-        self.check(self.launch().request("GET", "/kv/none"), 404, b"key not found\n")
 
     def test_delete_removes_a_key_and_succeeds_without_one(self) -> None:
         program = self.launch()
@@ -674,7 +688,8 @@ class BeyondTest(ProgramTest):
         def until_it_is_over(requests: Iterator[bytes]) -> Iterator[bytes]:
             return itertools.takewhile(lambda _: not is_over.is_set(), requests)
 
-        loops = [Loop(until_it_is_over(endless_puts(client))) for client in range(150)]
+        chance = random.Random(1)
+        loops = [Loop(until_it_is_over(writes(client, chance))) for client in range(150)]
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             clients = thread.submit(keep_alive, program.port, loops, DEADLINE, [])
             try:
@@ -726,24 +741,17 @@ class BeyondTest(ProgramTest):
         self.assertEqual(program.read(["a", "stalled"]), {"a": "1"})
 
     def test_busy_clients_at_sigterm_drain_and_lose_nothing_acknowledged(self) -> None:
-        """A third of them without a pause, the others with one of up to 4 or 60 ms."""
-        chance = random.Random(1)
-        for number in (64, 200, 64, 200):
+        chance, expected = random.Random(1), dict[str, str]()
+        keys = [f"{client}-{number}" for client in range(64) for number in range(200)]
+        for clients in (64, 200, 64, 200):
+            outcome = stop_under_load(self.launch(), clients, chance)
+            outcome.apply_to(expected)
             program = self.launch()
-            program.request("DELETE", "/clear")
-            loops = [
-                Loop(endless_puts(client), chance.random() * (0, 0.004, 0.06)[client % 3])
-                for client in range(number)
-            ]
-            with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                running = thread.submit(keep_alive, program.port, loops)
-                time.sleep(chance.uniform(0.1, 0.3))  # the moment is left to chance
-                code = program.stop()
-                outcome = running.result()
-            self.assertEqual((code, set(outcome.answers)), (0, {"200"}), outcome.answers)
-            program = self.launch()
-            stored = outcome.apply_to({})
-            self.assertEqual(program.read(stored), stored)
+            self.assertEqual(program.read(expected), expected)
+            if clients == 64:
+                self.assertEqual(
+                    program.read(keys), {k: expected[k] for k in keys if k in expected}
+                )
             self.assertEqual(program.stop(), 0)
 
     def test_slow_upload_that_ends_after_sigterm(self) -> None:
@@ -1193,14 +1201,6 @@ def found(*commands: str) -> bool:
     return all(map(shutil.which, commands))
 
 
-def be_bound_by_permissions() -> None:
-    """For preexec_fn: take from root the rights to ignore file permissions."""
-    if os.getuid() == 0 and sys.platform == "linux":
-        capability_bounding_set_drop, dac_override, dac_read_search = 24, 1, 2
-        for capability in (dac_override, dac_read_search):
-            ctypes.CDLL(None).prctl(capability_bounding_set_drop, capability, 0, 0, 0)
-
-
 def interpreters(*minors: int) -> list[str]:
     """Every CPython of these minor versions that can be found, one of each, oldest first."""
     found = {sys.version_info[1]: sys.executable}
@@ -1471,9 +1471,6 @@ RULES = [
            b"GET /he alth HTTP/1.1", b"\x16\x03\x01\x02\x00\x01", b"G(T /health HTTP/1.1"),
     *rules("2.3", "400 closed", LINE, b"PRI * HTTP/2.0", b"GET /health HTTP/0.9",
            b"GET /health http/1.1", b"GET /health HTTP/1.10"),
-    Rule("2.3", "400 closed", b"GET /health HTTP/1.9\r\n\r\n"),
-    *rules("3.1", "405 open", LINE, b"BREW /health HTTP/1.1", b"get /health HTTP/1.1"),
-    *rules("9110 2.5", "200 open", LINE, b"GET /health HTTP/1.2"),
     *rules("3", "414 closed", b"%GET /" + b"x" * 9000, b"", END, END * 2),
     Rule("3", "200 open", END + b"GET /health?" + b"x" * (8192 - 21) + b" HTTP/1.1\r\n"
          + HOST + b"A: " + b"x" * (32_768 - 14) + END * 2),  # the longest head
@@ -1491,7 +1488,7 @@ RULES = [
     *rules("3.2.2", "400 closed", TARGET, b"http:///health", b"http://", b"http://:80/health",
            b"http://u@a/health", b"ftp://a/health", b"a:80", b"*"),
     # Host. On a loopback address, a name is refused that somebody could have lead there.
-    *rules("3.2", "400 closed", GET + b"%" + END, b"", HOST * 2),
+    *rules("3.2", "400 closed", GET + b"%" + END, b"", HOST * 2, b" Host: x\r\n"),
     *rules("3.2", "400 closed", FOR_HOST, b"a/b", b"a b", b"u@a", b"a, b", b"a:b", b"%zz", b"a%4"),
     *rules("9110 7.4", "200 open", FOR_HOST, b"", b"localhost:8080", b"[::1]:8080", b"127.0.0.1",
            b"10.1.2.3:80", b"LOCALHOST", b"a.LocalHost:1", b"kv", b":80", b"localhost.",
@@ -1499,14 +1496,12 @@ RULES = [
     *rules("9110 7.4", "421 open", FOR_HOST, b"attacker.example", b"a.b:8080", b"localhost.a.b",
            b"1.2.3.4.a", b"%41", b"a.localhost.b"),
     Rule("3.2.2", "421 open", b"GET http://a.b/health HTTP/1.1\r\n" + HOST + END),
-    Rule("3.2.2", "200 open", b"GET http://kv/health HTTP/1.1\r\nHost: a.b\r\n\r\n"),
     Rule("9110 7.4", "421 open", LENGTH.replace(b"Host: x", b"Host: a.b").replace(b"%", b"5")),
     *rules("3.2", "400 closed", b"GET /health HTTP/1.0\r\n%\r\n", HOST * 2, b"Host: a b\r\n"),
     # Field lines
     *rules("5.1", "400 closed", FIELDS, b"A : b", b"A", b": b", b"A(: b", b"\xc3\xa4: b"),
     *rules("5.1", "200 open", GET + b"%\r\n\r\n", b"Host:x", b"hOST: x", b"Host: \t x \t "),
     *rules("5.2", "400 closed", FIELDS, b"A: b\r\n c", b"A: b\r\n\tc"),
-    Rule("2.2", "400 closed", GET + b" Host: x\r\n\r\n"),
     *rules("9110 5.5", "400 closed", FIELDS, b"A: b\rc", b"A: b\nc: d", b"A: b\0c", b"A: b\x1bc",
            b"A: b\x7fc"),
     *rules("9110 5.5", "200 open", FIELDS, b"A: b\xe4c\td", b"A:", b"A: b\r\n" * 98 + b"A: b",
@@ -1522,7 +1517,6 @@ RULES = [
            b"GET /health HTTP/1.1", b"DELETE /kv/a HTTP/1.1"),
     Rule("6.3", "405 open",
          b"POST /kv/a HTTP/1.1\r\nHost: x\r\nContent-Length: 33\r\n\r\n" + GET + HOST + END),
-    Rule("6.3", "400 open", PUT + END),
     # Transfer-Encoding
     *rules("6.1", "400 closed", CODING, b"chunked\r\nContent-Length: 5", b"\x0bchunked"),
     *rules("6.1", "501 closed", CODING, b"gzip", b"gzip, chunked", b"identity", b"xchunked", b"",
@@ -1554,12 +1548,10 @@ RULES = [
     Rule("9.3.2", "200 " * 50 + "open", (GET + HOST + END) * 50),
     Rule("9.3.2", "200 200 200 open", LENGTH.replace(b"%", b"5") * 2 + GET + HOST + END),
     Rule("9.3.2", "200 400 closed", GET + HOST + END + b"?\r\n\r\n" + GET + HOST + END),
-    Rule("9.6", "200 closed", FIELDS.replace(b"%", b"Connection: close") + GET + HOST + END),
     # Expect
     *rules("9110 10.1.1", "100", PUT + b"%" + EXPECT, b"Content-Length: 1\r\n",
            b"Transfer-Encoding: chunked\r\n"),
     Rule("9110 10.1.1", "200 open", PUT + b"Content-Length: 1\r\n" + EXPECT + b"a"),
-    Rule("9110 10.1.1", "413 closed", PUT + b"Content-Length: 99999999\r\n" + EXPECT),
     Rule("9110 10.1.1", "400 closed",
          PUT.replace(b"rule", b"!") + b"Content-Length: 1\r\n" + EXPECT),
     *rules("9110 10.1.1", "200 open", FIELDS, b"Expect: 100-continue", b"Expect:", b"Expect: cake",
@@ -1576,6 +1568,7 @@ class HTTPTest(KVTest):
         for rule in RULES:
             self.check_rule(server, rule)
         self.assertEqual(server.log.count("\n"), 1, server.log)
+        wait_until(lambda: sys.platform != "linux" or server.descriptors() <= 8, "all are closed")
 
     def check_rule(self, server: ServerProcess, rule: Rule) -> None:
         with self.subTest(rule.section, sent=rule.sent[-200:]), server.connect() as client:
@@ -1703,7 +1696,8 @@ class HTTPTest(KVTest):
                     client.send(b"x")
             time.sleep(0.25)  # the rate that is too slow
             ready = select.select([client.socket for client in clients], [], [], 0)[0]
-            self.assertEqual(bool(ready) and number < 8, False)
+            self.assertFalse(ready and number < 8)
+        self.assertEqual(len(ready), 3)
         self.assertEqual([client.receive().status for client in clients], [408] * 3)
 
 
@@ -1731,14 +1725,23 @@ def fuzz(server: ServerProcess, count: int, seed: int) -> None:
                     client.receive()
                 raise AssertionError(f"request {number} with seed {seed}: no end")
     wait_until(lambda: server.request("GET", "/health").status == 200, "an answer")
-    if sys.platform == "linux":
-        wait_until(lambda: server.descriptors() <= 8, "the descriptors to be closed", 10)
 
 
 # ---- Server: many connections ----
 
 
 class ServerTest(KVTest):
+    @on_linux
+    def test_more_clients_than_descriptors(self) -> None:
+        """Answers say close while others wait, and so each client comes to its turn."""
+        server = self.start(preexec_fn=limited("NOFILE", 64))
+        before, clients = server.descriptors(), [self.client(server) for _ in range(80)]
+        wait_until(lambda: server.descriptors() > before + 38, "it is full")
+        answers = [client.request("GET", "/health") for client in clients]
+        closing = [answer for answer in answers if answer.fields.get("Connection") == "close"]
+        self.assertGreater(len(closing), 10)
+        self.assertEqual({answer.status for answer in answers}, {200})
+
     @on_linux
     def test_9_000_busy_clients(self) -> None:
         allow_descriptors(10_100)
@@ -1807,31 +1810,24 @@ class IdleTest(KVTest):
                 self.assertTrue(client.is_closed())
         self.assertNotIn("error", server.log)
 
-    def test_clients_that_pause_hold_no_worker(self) -> None:
-        """Twice as many as workers: the median of who comes new is far below their pause."""
-        server = self.start_with("kv.Workers.MOST = 32")
-        loops = [Loop((request("GET", "/health") for _ in range(14)), 0.15) for _ in range(64)]
-        seconds = []
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            others = pool.submit(keep_alive, server.port, loops)
-            while not others.done():
-                begin = time.monotonic()
-                self.assertEqual(server.request("GET", "/health").status, 200)
-                seconds.append(time.monotonic() - begin)
-                time.sleep(0.02)
-            self.assertEqual(others.result().answers, {"200": 64 * 14})
-        self.assertLess(sorted(seconds)[len(seconds) // 2], 0.05)
+    def test_connections_that_send_nothing_hold_no_worker_while_others_wait(self) -> None:
+        server = self.start_with("kv.Workers.MOST = 1")
+        for _ in range(20):
+            self.client(server)
+        begin = time.monotonic()
+        self.assertEqual(server.request("GET", "/health").status, 200)
+        self.assertLess(time.monotonic() - begin, 10 * kv.TICK)
 
     def test_a_client_that_sends_ahead_lets_others_have_its_worker(self) -> None:
         """Its next request is in our buffer, where no selector finds it."""
         server = self.start_with("kv.Workers.MOST = 1")
-        server.request("PUT", "/kv/a", b"x" * 1000)
         ahead = [self.client(server) for _ in range(3)]
         for client in ahead:
-            client.send(request("GET", "/kv/a") * 300)
-        self.assertEqual(server.request("GET", "/health").status, 200)
+            client.send(request("GET", "/kv/a") * 3000 + put("last", "value"))
+        self.assertEqual(server.get("last"), None)
         for client in ahead:
-            self.assertEqual([client.receive().status for _ in range(300)], [200] * 300)
+            answers = collections.Counter(client.receive().status for _ in range(3001))
+            self.assertEqual(answers, {404: 3000, 200: 1})
 
     @on_linux
     def test_more_stalled_uploads_than_workers(self) -> None:
@@ -1852,7 +1848,8 @@ class IdleTest(KVTest):
         with server.connect() as client:
             client.request("GET", "/health")
             time.sleep(2 * kv.TICK)
-            client.reset()
+            linger = struct.pack("ii", 1, 0)  # so that the close is a reset
+            client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.assert_burns_no_core(server)
         self.assertNotIn("error", server.log)
 
@@ -1870,13 +1867,14 @@ class ScarcityTest(KVTest):
 
     @on_linux
     def test_a_full_server_burns_no_core_and_stops_with_a_save(self) -> None:
-        """The limit of the parent process, which has left 40 descriptors open."""
-        server = self.start(close_fds=False, preexec_fn=inherit_40_of_256)
+        server = self.start(preexec_fn=limited("NOFILE", 256))
         server.request("PUT", "/kv/a", b"1")
         clients = [self.client(server) for _ in range(300)]
         most = 256 - kv.Server.RESERVED_DESCRIPTORS - 5
         wait_until(lambda: server.descriptors() > most, "the limit is reached")
         self.assert_burns_no_core(server)
+        server.send_signal(signal.SIGUSR1)
+        server.wait_for_log("saved 1 pair")
         self.stop_at_once(server)
         self.assertTrue(all(client.is_closed() for client in clients))
         self.assertEqual(self.read_snapshot(), {"a": "1"})
@@ -1890,9 +1888,12 @@ class ScarcityTest(KVTest):
             for path in Path(f"/proc/{server.process.pid}/fd").iterdir()
             if str(path.readlink()).startswith("socket:")
         )
-        for _ in range(64 - listener - kv.Server.RESERVED_DESCRIPTORS):
-            self.assertEqual(self.client(server).request("GET", "/health").status, 200)
-        self.stop_at_once(server)
+        most, before = 64 - listener - kv.Server.RESERVED_DESCRIPTORS, server.descriptors()
+        clients = [self.client(server) for _ in range(most)]
+        wait_until(lambda: server.descriptors() == before + len(clients), "all are accepted")
+        time.sleep(2 * kv.TICK)  # until all are parked
+        self.assertEqual(server.stop(), 0)
+        self.assertRegex(server.log, r"drained in [01]\.\d\d s, 0 given up")
 
     @on_linux
     def test_running_out_of_descriptors_burns_no_core_and_ends_with_a_save(self) -> None:
@@ -1905,6 +1906,16 @@ class ScarcityTest(KVTest):
         for client in clients:
             client.__exit__()
         self.assertEqual(server.stop(), 0)
+
+    @on_linux
+    def test_memory_does_not_grow_with_requests(self) -> None:
+        """Though what the header fields mean is remembered."""
+        server, sizes = self.start(), []
+        with server.connect() as client:
+            for number in range(1500):
+                client.request("PUT", "/kv/a", b"x" * 100, f"X-Large: {number:020000}")
+                sizes.append(server.resident_bytes())
+        self.assertLess(sizes[-1] - sizes[200], 1_500_000)
 
     @on_linux
     def test_an_idle_connection_keeps_neither_its_last_value_nor_its_head(self) -> None:
@@ -1921,15 +1932,36 @@ class ScarcityTest(KVTest):
                 client.request("GET", "/health", None, "Cookie: " + "x" * 30_000)
         wait_until(lambda: server.resident_bytes() - before < 9_000_000, "the heads are gone", 5)
 
+    def test_answers_to_pipelined_requests_do_not_wait_for_each_other(self) -> None:
+        """Without TCP_NODELAY the second of two waits for the client to acknowledge the first."""
+        client = self.client(self.start())
+        seconds = []
+        for _ in range(300):
+            begin = time.monotonic()
+            client.send(request("GET", "/health") * 2)
+            client.receive()
+            client.receive()
+            seconds.append(time.monotonic() - begin)
+        self.assertLess(sorted(seconds)[150], 0.02)  # it would be 0.04
+
     @on_linux
-    def test_when_no_more_threads_are_to_be_had_connections_take_turns(self) -> None:
+    def test_after_a_spell_without_memory_everybody_is_served(self) -> None:
+        """A worker may fail anywhere; no connection may be counted for good."""
         server = self.start()
-        # For a few threads, as each has a stack of 8 MB.
-        server.limit("AS", server.address_space_bytes() + 50_000_000)
-        for _ in range(50):
-            self.assertEqual(self.client(server).request("GET", "/health").status, 200)
-        self.assertLess(server.threads(), 20)
-        self.assertNotIn("kv.py: error", server.log)
+        server.limit("AS", server.address_space_bytes() + 30_000_000)
+        sizes = itertools.cycle((10, 1000, 50_000, 400_000))
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            loops = [Loop(put(f"{n}", "x" * next(sizes)) for _ in range(5)) for n in range(150)]
+            keep_alive(server.port, loops, 5)
+        server.limit("AS", resource.RLIM_INFINITY)
+        clients = [self.client(server) for _ in range(50)]
+        for client in clients:
+            client.send(request("GET", "/health"))
+        for client in clients:
+            self.assertEqual(client.receive().status, 200)
+        self.stop_at_once(server)
+        self.assertRegex(server.log, r"\nkv\.py: error: MemoryError\(.*\) in \w+, line \d+\n")
 
     def test_a_mistake_in_a_request_costs_one_connection(self) -> None:
         server = self.start_with("kv.ROUTES['/health']['GET'] = lambda *_: 1 / 0")
@@ -1951,6 +1983,10 @@ class ScarcityTest(KVTest):
             self.assertEqual(len(os.sched_getaffinity(server.process.pid)), expected)
             server.__exit__()
 
+    def test_the_start_does_not_ask_the_name_service(self) -> None:
+        """Which can take seconds to say that it does not know."""
+        self.start_with("kv.socket.getfqdn = lambda *_: 1 / 0")
+
     @on_linux
     def test_who_does_not_read_is_given_up_and_who_reads_slowly_gets_the_whole_value(self) -> None:
         server = self.start_with("kv.STALL_SECONDS = 1.0")
@@ -1966,13 +2002,6 @@ class ScarcityTest(KVTest):
                 self.assertTrue(slow.file.read(100_000))
                 time.sleep(0.02)
         self.assertEqual(server.get("a"), value.decode())
-
-
-def inherit_40_of_256() -> None:
-    """For preexec_fn."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-    for number in (*range(3, 23), *range(230, 250)):
-        os.dup2(0, number)
 
 
 # ---- The shutdown ----
@@ -1994,7 +2023,7 @@ kv.main()
 
 # Those that end a process that does not ask for them, less those of a crash.
 STOPS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2", "SIGVTALRM", "SIGPROF", "SIGXCPU"]
-STOPS += [name for name in ("SIGPWR", "SIGIO", "SIGSTKFLT") if hasattr(signal, name)]
+STOPS += ["SIGPWR", "SIGIO"] if sys.platform == "linux" else []
 # Those that the system or Python ignores.
 NO_STOPS = ["SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGPIPE", "SIGXFSZ"]
 
@@ -2044,12 +2073,13 @@ class ShutdownTest(KVTest):
         server.send_signal(signal.SIGHUP)
         server.wait_for_log("saved 1 pair")  # in case SIGKILL comes next
         self.assertEqual(self.read_snapshot(), {"a": "value"})
+        time.sleep(1.2)  # longer than it takes to be noticed
         second.send(b"e")
         self.assertEqual(second.receive().status, 200)
         server.send_signal()
         self.assertEqual(server.exit_code(), 0)
         self.assertTrue(third.is_closed())
-        self.assertRegex(server.log, r"drained in [1-3]\.\d\d s, 1 given up\n")
+        self.assertRegex(server.log, r"drained in [1-4]\.\d\d s, 1 given up\n")
         self.assertEqual(self.read_snapshot(), {"a": "value", "b": "value"})
 
     @on_linux
@@ -2083,9 +2113,6 @@ class ShutdownTest(KVTest):
         self.assertEqual(set(self.read_snapshot()), {"a", "large"})
         self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
 
-    def test_shutdowns_under_load_lose_nothing(self) -> None:
-        self.assertGreater(shutdowns_under_load(self.directory, cycles=4, seed=1), 1000)
-
     def test_whatever_happens_in_the_drain_there_is_a_last_save(self) -> None:
         for mistake in ("Server.stop", "Server.join", "Server._close_idle"):
             changes = f"kv.{mistake} = lambda *_: 1 / 0"
@@ -2101,21 +2128,16 @@ class ShutdownTest(KVTest):
 class DrainTest(KVTest):
     """What becomes of the connections when the server stops."""
 
-    def test_clients_that_stay_after_their_last_answer_do_not_delay_the_exit(self) -> None:
-        """One could go on sending, the other was refused while the server stopped."""
+    @on_linux
+    def test_an_empty_line_behind_a_body_leaves_the_connection_idle(self) -> None:
         server = self.start()
-        sending = self.client(server)
-        sending.send(request("PUT", "/kv/a", None, "Content-Length: 99999999"))
-        self.assertEqual(sending.receive().status, 413)
-        refused = self.client(server)
-        refused.send(request("GET", "/health") + request("GET", "/other", b"value")[:-1])
-        refused.receive()
-        server.send_signal()
-        server.wait_for_log("draining: ")
-        refused.send(b"e")
-        self.assertEqual(refused.receive().status, 404)
+        for with_the_body, later in ((b"\r\n", b""), (b"", b"\r\n"), (b"\r\n\r\n", b"")):
+            client = self.client(server)
+            client.send(put("a", "1") + with_the_body)
+            self.assertEqual(client.receive().status, 200)
+            client.send(later)
+            wait_until_read(server, client)
         self.stop_at_once(server)
-        self.assertTrue(refused.is_closed())
 
     @on_linux
     def test_what_came_with_a_request_is_served_before_the_close(self) -> None:
@@ -2254,6 +2276,21 @@ class SaveTest(KVTest):
         server.limit("FSIZE", resource.RLIM_INFINITY)
         server.wait_for_log("saved 1 pair")
 
+    def test_a_write_in_the_middle_of_a_save_is_in_the_next(self) -> None:
+        """And the time of a stop there counts from the beginning of that save."""
+        server = self.start_with(
+            "save = kv.Snapshot.save;"
+            "kv.Snapshot.save = lambda *them: (kv.time.sleep(2), save(*them))"
+        )
+        server.request("PUT", "/kv/a", b"1")
+        server.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)  # so that it has begun
+        server.request("PUT", "/kv/b", b"1")
+        self.assertEqual(server.stop(), 0)
+        self.assertIn("saved 1 pair ", server.log)
+        self.assertRegex(server.log, r"drained in [2-4]\.\d\d s, 0 given up\nkv.py: saved 2 pairs")
+        self.assertEqual(self.read_snapshot(), {"a": "1", "b": "1"})
+
 
 class FailingSaveTest(KVTest):
     """The save fails: a line that says so, exit code 1, and the old snapshot is as it was."""
@@ -2289,39 +2326,6 @@ class FailingSaveTest(KVTest):
         self.check_fails(server, "[Errno 2] No such file or directory")
 
 
-def writes(client: int, chance: random.Random) -> Iterator[bytes]:
-    """PUTs and DELETEs of keys that no other client has."""
-    for number in itertools.count():
-        key = f"{client}-{chance.randrange(200)}"
-        deletes = chance.random() < 0.2
-        yield request("DELETE", f"/kv/{key}") if deletes else put(key, str(number))
-
-
-def shutdowns_under_load(directory: Path, cycles: int, seed: int, *arguments: str) -> int:
-    """Save and stop the server at random moments of a load, and look whether all is there.
-
-    Returns how many writes were acknowledged.
-    """
-    chance = random.Random(seed)
-    acknowledged, expected = 0, dict[str, str]()
-    for _ in range(cycles):
-        with ServerProcess(directory, *arguments) as server:
-            loops = [Loop(writes(client, chance), client % 3 / 500) for client in range(20)]
-            with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                running = thread.submit(keep_alive, server.port, loops)
-                for _ in range(chance.randrange(3)):
-                    time.sleep(chance.uniform(0, 0.2))  # the moment is left to chance
-                    server.send_signal(signal.SIGUSR1)
-                time.sleep(chance.uniform(0, 0.2))
-                assert server.stop() == 0, server.log
-                outcome = running.result()
-            assert set(outcome.answers) <= {"200"}, outcome.answers
-        outcome.apply_to(expected)
-        assert kv.read_pairs(str(directory / SNAPSHOT)) == expected, f"seed {seed}: a write is lost"
-        acknowledged += len(outcome.acknowledged)
-    return acknowledged
-
-
 # ---- The command line ----
 
 
@@ -2343,20 +2347,12 @@ class CommandLineTest(KVTest):
         self.assertRegex(run.stdout, "SIGTERM .*SIGUSR1")
 
     def test_wrong_arguments_are_named(self) -> None:
-        for argument, text in (
-            *(
-                (f"--port={wrong}", f"{wrong!r} is not a")
-                for wrong in ("x", "65536", "-1", "", "1_0")
-            ),
-            ("--graceful-timeout=0", "--graceful-timeout: '0' is not a whole number from 1 to "),
-            ("--save-every=1.5", "--save-every: '1.5' is not a whole number from 0 to "),
-            *(
-                (wrong, wrong.split("=")[0])
-                for wrong in ("--por=1", "extra", "--verbose=1", "--host")
-            ),
-            ("--working-dir=", "--working-dir: empty"),
-        ):
-            self.assert_refuses_to_start(text, argument, code=2)
+        for wrong in ("x", "65536", "-1", "", "1_0"):
+            text = f"--port: {wrong!r} is not a whole number from 0 to 65535\n"
+            self.assert_refuses_to_start(text, f"--port={wrong}", code=2)
+        for argument in ("--graceful-timeout=0", "--save-every=1.5", "--por=1", "extra", "--host"):
+            self.assert_refuses_to_start(argument.partition("=")[0], argument, code=2)
+        self.assert_refuses_to_start("--working-dir: empty", "--working-dir=", code=2)
 
     def test_an_address_that_cannot_be_had_stops_the_start(self) -> None:
         # Not x.invalid, for which the system would ask a name server.
@@ -2374,9 +2370,6 @@ class CommandLineTest(KVTest):
         script = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" "{HERE}/kv.py" "$@"'
         gone: dict[str, Any] = {"command": ["sh", "-c", script, "sh"], "cwd": self.top}
         self.assert_refuses_to_start("the working directory 'x': ", "--working-dir=x", **gone)
-        self.directory.mkdir(mode=0o555)
-        self.assert_refuses_to_start("Permission denied", preexec_fn=be_bound_by_permissions)
-        self.directory.chmod(0o755)
         server = self.start()
         self.assert_refuses_to_start("in use by another kv.py")
         server.send_signal(signal.SIGKILL)
@@ -2784,20 +2777,22 @@ def soak(minutes: float) -> None:
     with tempfile.TemporaryDirectory(prefix="kv-soak-") as top:
         end = time.monotonic() + minutes * 60
         seed = time.time_ns() % 1_000_000
-        acknowledged = cycles = 0
+        acknowledged = 0
         while time.monotonic() < end:
             with ServerProcess(Path(top) / "fuzz") as server:
                 fuzz(server, 5_000, seed)
                 assert server.stop() == 0
                 assert "kv.py: error" not in server.log, server.log
-            directory = Path(top) / f"load-{seed}"
-            acknowledged += shutdowns_under_load(directory, 25, seed, "--save-every=1")
-            cycles, seed = cycles + 25, seed + 1
-            print(
-                f"{(end - time.monotonic()) / 60:5.1f} minutes left, seed {seed}:"
-                f" {cycles} shutdowns, {acknowledged:,} writes acknowledged, none lost",
-                flush=True,
-            )
+            chance, expected, directory = random.Random(seed), dict[str, str](), Path(top) / "load"
+            shutil.rmtree(directory, ignore_errors=True)
+            for _ in range(25):
+                with ServerProcess(directory, "--save-every=1") as server:
+                    outcome = stop_under_load(server, 20, chance, chance.randrange(10))
+                outcome.apply_to(expected)
+                assert kv.read_pairs(str(directory / SNAPSHOT)) == expected, f"seed {seed}: lost"
+                acknowledged += len(outcome.acknowledged)
+            left, seed = (end - time.monotonic()) / 60, seed + 1
+            print(f"{left:5.1f} minutes left, {acknowledged:,} acknowledged, none lost", flush=True)
 
 
 # ---- Bench: kv.py beside the textbook and the least that a server can do ----
@@ -2838,7 +2833,7 @@ def requests_per_second(port: int, clients: int, requests: list[bytes], seconds:
     with Client(port) as first:  # the answers differ in their dates only
         first.send(requests[0])
         first.socket.recv(1, socket.MSG_PEEK)
-        time.sleep(0.05)  # the body may come behind the head
+        time.sleep(0.2)  # the body may come behind the head
         size = len(first.socket.recv(65536))
     closing = b"close" in requests[0]
     selector = selectors.DefaultSelector()
@@ -2869,10 +2864,10 @@ def requests_per_second(port: int, clients: int, requests: list[bytes], seconds:
                 else:
                     missing[client] = size
                     client.sendall(requests[count % len(requests)])
-    elapsed = time.monotonic() - begin
+    seconds = time.monotonic() - begin
     for client in missing:
         client.close()
-    return count / elapsed
+    return count / seconds
 
 
 def bench() -> None:
