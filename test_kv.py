@@ -2801,8 +2801,8 @@ def soak(minutes: float) -> None:
 def textbook(port: int) -> None:
     """The first version, with a listen queue that is long enough to be measured at all."""
     sys.argv[1:] = [f"--port={port}", "--working-dir=nowhere"]
-    sys.stderr = open(os.devnull, "w")  # as it logs each request
-    exec(FIRST_VERSION.replace("daemon_threads = False", "request_queue_size = 4096"), {})
+    with open(os.devnull, "w") as sys.stderr:  # it logs each request
+        exec(FIRST_VERSION.replace("daemon_threads = False", "request_queue_size = 4096"), {})
 
 
 def bare_sockets(port: int) -> None:
