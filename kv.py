@@ -42,6 +42,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import pickle
 import queue
 import random
@@ -207,7 +208,7 @@ class Snapshot:
     def __init__(self, directory: str) -> None:
         # Absolute, as `.` would miss a file system that is mounted over it later. Not by abspath(),
         # which takes `link/..` for the directory of the link; the system goes where it leads to.
-        self._directory = os.path.join(os.getcwd(), directory)
+        self._directory = str(pathlib.Path(directory).absolute())
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
 
