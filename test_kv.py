@@ -788,22 +788,28 @@ class BeyondTest(ProgramTest):
             self.check(program.request("PUT", f"/kv/{key}", value.encode()), 200)
         state["n"] = "0"
         program.request("PUT", "/kv/n", b"0")
-        delay = 0.25
         program = self.restart(program)
-        for number in range(1, 15):
+        for number in range(1, 11):
             program.request("PUT", "/kv/n", str(number).encode())
+            before = self.files()
             program.send_signal()
-            time.sleep(delay)
+            while self.files() == before and not program.has_ended():
+                time.sleep(0.0005)  # until it writes something into its directory
+            time.sleep((0, 0.01, 0, 0.03)[number % 4])
             with contextlib.suppress(ProcessLookupError):
                 program.send_signal(signal.SIGKILL)
             program.exit_code()
             program = self.launch()
             found = program.read(state)
-            is_new = found.get("n") == str(number)
             if found not in (state, {**state, "n": str(number)}):
                 self.fail(f"expected the whole old or new state, saw the keys {sorted(found)}")
             state["n"] = found["n"]
-            delay *= 1 / 1.4 if is_new else 1.3  # so it comes just before or just after
+
+    def files(self) -> set[tuple[str, int]]:
+        """The files in the working directory, and when they were written last."""
+        with contextlib.suppress(FileNotFoundError):  # one that is gone by now
+            return {(file.name, file.stat().st_mtime_ns) for file in os.scandir(self.directory)}
+        return set()
 
     def test_disk_full_at_the_stop_is_no_success_and_keeps_the_old_state(self) -> None:
         program = self.launch()
@@ -1036,6 +1042,9 @@ class FirstVersionTest(unittest.TestCase):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 outcomes = check_program(str(program), [])
+                # On a busy machine, SIGKILL can miss a short save.
+                for name in [name for name in self.FAILS if outcomes[name]] * 3:
+                    outcomes[name] &= check_program(str(program), [name])[name]
         failed = {name for name, holds in outcomes.items() if not holds}
         self.assertEqual(failed, self.FAILS, printed.getvalue())
 
