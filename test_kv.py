@@ -2715,20 +2715,32 @@ class ReadmeTest(KVTest):
 
     @unittest.skipUnless(found("pgrep"), "needs pgrep")
     def test_backup_and_restore(self) -> None:
-        server = self.start()
-        # The pattern finds this server, and none of other tests.
-        this_one = ("kv[.]py'", f"kv[.]py .*{re.escape(str(self.directory))}'")
+        """The pattern finds servers of this test only. With none or several, nothing is changed."""
+        first = self.start()
+        backup, restore, both = (
+            self.block("sh", part, ("kv[.]py( |$)'", f"kv[.]py .*{re.escape(str(place))}'"))
+            for part, place in (
+                ("kill -USR1", self.directory),
+                ("cp kv-backup.pickle kv.pickle", self.directory),
+                ("kill -USR1", self.top),
+            )
+        )
+        with ServerProcess(self.top / "second"):
+            self.run_block(both, code=1)
+            self.assertFalse((self.directory / "kv-backup.pickle").exists())
         for value in ("1", "2"):
-            server.request("PUT", "/kv/a", value.encode())
-            self.run_block(self.block("sh", "kill -USR1", this_one))
-            backup = kv.read_pairs(str(self.directory / "kv-backup.pickle"))
-            self.assertEqual(backup, {"a": value})
-        server.request("PUT", "/kv/a", b"3")
-        version = ("./run.sh", "./run.sh --version")
+            first.request("PUT", "/kv/a", value.encode())
+            self.run_block(backup)
+            copied = kv.read_pairs(str(self.directory / "kv-backup.pickle"))
+            self.assertEqual(copied, {"a": value})
+        first.request("PUT", "/kv/a", b"3")
+        restore = restore.replace("./run.sh", "./run.sh --version")
         # The block waits until this process, too, has been told of the server's end.
-        threading.Thread(target=server.process.wait, daemon=True).start()
-        self.run_block(self.block("sh", "cp kv-backup.pickle kv.pickle", this_one, version))
-        self.assertEqual(self.start().get("a"), "2")
+        threading.Thread(target=first.process.wait, daemon=True).start()
+        self.run_block(restore)
+        self.run_block(backup, code=1)
+        with self.start() as second:
+            self.assertEqual(second.get("a"), "2")
 
     def test_the_unit_and_the_dockerfile_start_it(self) -> None:
         unit = self.block("ini", "ExecStart")
@@ -3042,6 +3054,9 @@ def main() -> int:
         if not does_start([program]):
             return 1
         outcomes = check_program(program, sys.argv[3:])
+        if not outcomes:
+            print("no check has all of these words in its name:", *sys.argv[3:])
+            return 2
         return 0 if all(outcomes[name] for name in vars(AskedForTest) if name in outcomes) else 1
     if not sys.argv[1:]:
         return 0 if run_all() else 1
