@@ -668,7 +668,7 @@ class BeyondTest(ProgramTest):
             seconds.append(time.monotonic() - begin)
         self.assertLess(sorted(seconds)[100], 0.03, "seconds for a PUT and a GET")
 
-    def test_pool_with_256_descriptors(self) -> None:
+    def test_pool_of_10_000_clients_and_256_descriptors(self) -> None:
         """Who closes idle connections for want of descriptors hits requests on their way."""
         allow_descriptors(10_100)
         program = self.launch(preexec_fn=limited("NOFILE", 256))
@@ -716,15 +716,15 @@ class BeyondTest(ProgramTest):
             while time.monotonic() < begin + 3:
                 yield put(str(client), "1")
 
-        outcome = keep_alive(program.port, [Loop(requests(client)) for client in range(200)])
+        loops = [Loop(requests(client)) for client in range(200)]
+        outcome = keep_alive(program.port, loops, GRACE)
         self.assertEqual(set(outcome.answers), {"200"})
         self.assertLess(max(answered), 2.0, "seconds until the last client has an answer")
 
     def test_idle_keep_alive_connections_at_sigterm(self) -> None:
-        allow_descriptors(1100)
         program = self.launch()
-        clients = [self.client(program) for _ in range(1000)]
-        for client in clients[:500]:  # the others have never sent anything
+        clients = [self.client(program) for _ in range(40)]
+        for client in clients[:20]:  # the others have never sent anything
             self.check(client.request("PUT", "/kv/a", b"1"), 200)
         begin = time.monotonic()
         program = self.restart(program)
@@ -743,7 +743,7 @@ class BeyondTest(ProgramTest):
     def test_busy_clients_at_sigterm_drain_and_lose_nothing_acknowledged(self) -> None:
         chance, expected = random.Random(1), dict[str, str]()
         keys = [f"{client}-{number}" for client in range(64) for number in range(200)]
-        for clients in (64, 200, 64, 200):
+        for clients in (64, 200):
             outcome = stop_under_load(self.launch(), clients, chance)
             outcome.apply_to(expected)
             program = self.launch()
@@ -977,17 +977,22 @@ def check(program: str, class_name: str, name: str, seconds: float) -> None:
     print(verdict.reason)
 
 
+def is_burst(name: str) -> bool:
+    """Whether a test needs the machine: two bursts at once lose packets, which are sent again."""
+    return "10_000" in name
+
+
 def check_program(program: str, words: list[str]) -> dict[str, bool]:
     """Hold a program against what the challenge asks for, and against what goes wrong next.
 
-    Prints a line for each test whose name has one of the words, and returns how it went. Each test
-    has a process of its own, four at a time, as most of it is waiting. All of them together take
-    three minutes at most: the last one begins in time for the waiting in it to end.
+    Prints a line for each test whose name has the words, and returns how it went. Each test has a
+    process of its own, some at a time, as most of it is waiting. All of them together take three
+    minutes at most: the last one begins in time for the waiting in it to end.
     """
     end = time.monotonic() + 140
 
     def run(class_: type[unittest.TestCase], name: str) -> str:
-        seconds = min(40.0, end - time.monotonic())
+        seconds = min(30.0, end - time.monotonic())
         if seconds < 1:
             return "not tried, as three minutes are over"
         command = [sys.executable, __file__, "--check", program, class_.__name__, name]
@@ -997,10 +1002,11 @@ def check_program(program: str, words: list[str]) -> dict[str, bool]:
     readme = (HERE / "README.md").read_text().split("\n\n")
     outcomes: dict[str, bool] = {}
     summary = []
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    executor = concurrent.futures.ThreadPoolExecutor
+    with executor(4) as pool, executor(1) as one_by_one:
         runs = {
             kind: {
-                name: pool.submit(run, class_, name)
+                name: (one_by_one if is_burst(name) else pool).submit(run, class_, name)
                 for name in vars(class_)
                 if name.startswith("test_") and all(word in name for word in words)
             }
@@ -3014,22 +3020,26 @@ def run_all() -> bool:
     begin = time.monotonic()
     names: list[str] = []
     for name in globals():
-        if name in ("BeyondTest", "ShutdownTest"):  # each test, as they take long
+        if name in ("AskedForTest", "BeyondTest", "ShutdownTest"):  # each test, as they take long
             names += [f"{name}.{test}" for test in vars(globals()[name]) if test.startswith("test")]
         elif name.endswith("Test") and name not in ("KVTest", "ProgramTest"):
             names.append(name)
-    names.sort(key=lambda name: name != "FirstVersionTest")  # which takes longest
+    bursts = list(filter(is_burst, names))
+    others = [name for name in names if name not in bursts]
+    others.sort(key=lambda name: name != "FirstVersionTest")  # which takes longest
     number = failed = 0
     skipped: collections.Counter[str] = collections.Counter()
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for name, result in zip(names, pool.map(run, names)):
-            failed += result.returncode != 0
-            ran = re.search(r"^Ran (\d+) tests? in .*$", result.stdout, re.MULTILINE)
-            number += int(ran[1]) if ran else 0
-            skipped.update(re.findall(r"skipped ['\"](.*)['\"]$", result.stdout, re.MULTILINE))
-            if result.returncode or not ran:
-                print(result.stdout)
-            print(f"{name}: {ran[0] if ran else 'did not run'}", flush=True)
+    for at_once, group in ((1, bursts), (4, others)):
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            for name, result in zip(group, pool.map(run, group)):
+                failed += result.returncode != 0
+                ran = re.search(r"^Ran (\d+) tests? in .*$", result.stdout, re.MULTILINE)
+                number += int(ran[1]) if ran else 0
+                skips = re.findall(r"skipped ['\"](.*)['\"]$", result.stdout, re.MULTILINE)
+                skipped.update(skips)
+                if result.returncode or not ran:
+                    print(result.stdout)
+                print(f"{name}: {ran[0] if ran else 'did not run'}", flush=True)
     seconds = time.monotonic() - begin
     outcome = f"{failed} failed" if failed else "OK"
     reasons = ", ".join(f"{count}x {reason}" for reason, count in skipped.items())
