@@ -309,11 +309,9 @@ class Log:
 # The largest value, in bytes. It takes several times that memory while it is received. Stored, it
 # takes four times, if there is one emoji in it.
 MAX_VALUE = 10 * 1024 * 1024
-# The request line, or a line of a chunked body, in bytes. RFC 9112 3 asks for room for 8,000.
-MAX_LINE = 8192
-# The field lines of a request, in bytes, and how many. Browsers with all their cookies stay under
-# 16 KiB and 50 lines. Each connection can hold that amount of memory.
-MAX_HEADER, MAX_FIELDS = 32 * 1024, 100
+# The request line and the field lines together, in bytes, and how many field lines. Browsers with
+# all their cookies stay under 16 KiB and 50 lines. Each connection can hold that amount of memory.
+MAX_HEAD, MAX_FIELDS = 32 * 1024, 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control characters but tabs: RFC 9110 5.5
@@ -332,12 +330,13 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 ABSOLUTE_TARGET = re.compile(rb"(?i:https?)://(" + HOST + PORT + rb")((?:[/?].*)?)")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
+LENGTH = re.compile(rb"[0-9]{1,1000}")  # int() refuses 5,000 digits
 # text/plain; charset=utf-8
 CHARSET = re.compile(rb"; *charset *= *\"?([^\";, ]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# An LF without its CR, a CR without its LF, another control character: this will never be a head.
-NO_TEXT = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# An LF without its CR, or another control character: see _read_until.
+NO_TEXT = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Refusal(Exception):
@@ -390,7 +389,7 @@ class Fields(NamedTuple):
 
 # A client repeats its header byte for byte, and parsing it costs more than all the rest. So results
 # are remembered. They depend on these arguments alone, and neither key nor value is in them. The 64
-# of them take 40 KiB each (MAX_LINE and MAX_HEADER) at most.
+# of them take MAX_HEAD bytes each at most.
 @functools.lru_cache(maxsize=64)
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, is_local: bool
@@ -414,11 +413,11 @@ def parse_fields(
         raise Refusal(400, "Transfer-Encoding not allowed here")
     if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Refusal(501, "only the chunked transfer coding")
-    # Of two different lengths, a proxy may have believed the one that we do not. int() takes "+1",
-    # "1_0" and " 1 ", too.
-    if len(set(lengths)) > 1 or not lengths[0].isdigit():
+    # Of two different lengths, a proxy may have believed the one that we do not. int() alone would
+    # take "+1", "1_0" and " 1 ", too.
+    if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
         raise Refusal(400, "invalid Content-Length")
-    if len(lengths[0]) > 1000 or int(lengths[0]) > MAX_VALUE:  # int() refuses 5,000 digits
+    if int(lengths[0]) > MAX_VALUE:
         raise Refusal(413, "value too large")
 
     connection = members(values, b"connection")  # RFC 9112 9.3
@@ -517,8 +516,8 @@ ROUTES = {
 }
 
 
-def route(method: str, path: str) -> tuple[Callable[[Store, str, bytes], bytes], str]:
-    """Return the function that serves a request, and the key, which is empty if there is none."""
+def call(store: Store, method: str, path: str, body: bytes) -> bytes:
+    """Do what a request asks for, and return the body of its answer."""
     has_key = path.startswith("/kv/")
     functions = ROUTES.get("/kv/" if has_key else path)
     if not functions:
@@ -531,7 +530,7 @@ def route(method: str, path: str) -> tuple[Callable[[Store, str, bytes], bytes],
         raise Refusal(400, "key cannot be empty")
     if has_key and not KEY.fullmatch(key):
         raise Refusal(400, "key contains invalid characters; valid are A-Z a-z 0-9 : _ . -")
-    return functions[method], key
+    return functions[method](store, key, body)
 
 
 # ---- Connection: the requests of one client ----
@@ -556,12 +555,12 @@ RECEIVE_SIZE = 16 * 1024
 class Connection:
     """Reads the requests of one client, and answers them."""
 
-    __slots__ = ("_address", "_buffer", "_deadline", "_server", "_socket", "closing")
+    __slots__ = ("_address", "_buffer", "_deadline", "_server", "_socket", "is_over")
 
     def __init__(self, connection: socket.socket, address: Any, server: Server) -> None:
         self._socket, self._address, self._server = connection, address[0], server
         self._buffer = b""  # what has been received, and is not taken yet
-        self.closing = False  # whether the last answer was the last one of the connection
+        self.is_over = False  # whether the last answer was the last one of the connection
         connection.setblocking(True)  # on BSD and macOS, it is non-blocking like its listener
         # Nagle's algorithm would hold back an answer until the one before it is acknowledged,
         # which the client's kernel delays by 40 ms.
@@ -599,7 +598,7 @@ class Connection:
         Then `closing` says whether the connection is at its end. OSError if the client is gone.
         """
         is_anybody_waiting = self._server.workers.is_anybody_waiting
-        while not self.closing:
+        while not self.is_over:
             while not self.has_begun_request():
                 try:
                     flags = socket.MSG_DONTWAIT if is_anybody_waiting() else 0
@@ -607,7 +606,7 @@ class Connection:
                 except BlockingIOError:
                     return
                 if not received:  # the client has ended the connection
-                    self.closing = True
+                    self.is_over = True
                     return
                 self._buffer += received
             self._serve_request()
@@ -616,53 +615,48 @@ class Connection:
 
     def _serve_request(self) -> None:
         self._deadline = time.monotonic() + STALL_SECONDS
-        # Until `_read_body` finds the request's end, a refusal closes the connection: nobody knows
-        # where the next request starts, and the client may still be sending.
-        self.closing = must_linger = True
-        line, http11, field = b"", True, b""
+        # A refusal before the end of the body is found ends the connection, because nobody knows
+        # where the next request starts.
+        self.is_over = True
+        head, http11, field, client_says_close = b"", True, b"", False
         try:
-            line, block = self._read_until(b"\r\n\r\n", 414)
+            head = self._read_until(b"\r\n\r\n")
+            line, _, block = head.partition(b"\r\n")
             method, host, path, http11 = parse_request_line(line)
             fields = parse_fields(block, method, host, http11, self._server.is_local)
-            # A refused body is still read, to find the next request. But a client that expects 100
-            # is refused before it sends the body: RFC 9110 10.1.1.
-            body = b"" if fields.expects_continue else self._read_body(fields)
+            body = self._read_body(fields)
+            self.is_over = client_says_close = not fields.keep_alive
             if fields.refusal:
                 raise Refusal(*fields.refusal)
-            function, key = route(method, path)
-            if fields.expects_continue:
-                body = self._read_body(fields)
-            # A client that has said `Connection: close` sends nothing more, except perhaps an empty
-            # line behind a body.
-            must_linger = fields.keep_alive or bool(body)
-            status, answer = 200, function(self._server.store, key, body)
+            status, answer = 200, call(self._server.store, method, path, body)
         except Refusal as refusal:
             status, answer, field = refusal.status, refusal.text.encode() + b"\n", refusal.field
         except StoreClosed:
-            status, answer, self.closing = 503, b"shutting down\n", True
+            status, answer, self.is_over = 503, b"shutting down\n", True
         # What the client has sent ahead is served first, as far as it is in the buffer.
         if self._server.says_close() and not self.has_begun_request():
-            self.closing = True
-        if self.closing:
+            self.is_over = True
+        if self.is_over:
             field += b"Connection: close\r\n"
         elif not http11:
             field += b"Connection: keep-alive\r\n"
-        # If there is no whole head, its beginning is still in the buffer.
-        self._answer(line or self._buffer, status, field, answer)
-        if self.closing and must_linger:
+        # If the head never became whole, its beginning is still in the buffer.
+        self._answer(head or self._buffer, status, field, answer)
+        if self.is_over and not client_says_close:
             self._linger()
 
     # -- Sending --
 
-    def _answer(self, line: bytes, status: int, field: bytes, body: bytes) -> None:
+    def _answer(self, head: bytes, status: int, field: bytes, body: bytes) -> None:
         """Send a whole response in one write: with TCP_NODELAY, each write is a packet."""
         if self._server.verbose:
             # Quoted and cut, as a client can put anything into it.
-            self._server.log(f"{self._address} {repr(line)[1:]:.1000} {status} {len(body)}")
-        head = answer_head(status, int(time.time()))
+            line = repr(head.partition(b"\r\n")[0])[1:]
+            self._server.log(f"{self._address} {line:.1000} {status} {len(body)}")
+        beginning = answer_head(status, int(time.time()))
         length = b"Content-Length: %d\r\n\r\n" % len(body)
-        sent_body = b"" if line.startswith(b"HEAD ") else body
-        self._socket.sendall(b"".join((head, field, length, sent_body)))
+        sent_body = b"" if head.startswith(b"HEAD ") else body
+        self._socket.sendall(b"".join((beginning, field, length, sent_body)))
 
     def _linger(self) -> None:
         """Let a client that may still be sending read its answer before the connection is closed.
@@ -679,59 +673,49 @@ class Connection:
 
     # -- Receiving --
 
-    def _read_until(self, end: bytes, status: int) -> tuple[bytes, bytes]:
-        """Take everything up to `end` out of the buffer; return its first line, and the others.
-
-        `status` is for a first line that is too long.
-        """
+    def _read_until(self, end: bytes) -> bytes:
+        """Take everything up to `end` out of the buffer, and return it without its end."""
         while True:
-            lines, found, rest = self._buffer.partition(end)
-            first, _, others = lines.partition(b"\r\n")
-            if len(first) > MAX_LINE:
-                raise Refusal(status, "line too long")
-            if len(others) > MAX_HEADER:
-                raise Refusal(431, "header too large")
+            text, found, rest = self._buffer.partition(end)
+            if len(text) > MAX_HEAD:
+                raise Refusal(431 if b"\r\n" in text else 414, "line or header too long")
             if found:
                 self._buffer = rest
-                return first, others
-            # A client of another protocol, such as TLS, may wait for an answer before it goes on. A
-            # person who types into `nc` sends lines that end with LF alone.
-            if NO_TEXT.search(lines):
+                return text
+            # What holds these will never be a head. A client of another protocol, such as TLS, may
+            # wait for an answer before it goes on. A person who types into `nc` sends lines that
+            # end with LF alone.
+            if NO_TEXT.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
 
     def _read_body(self, fields: Fields) -> bytes:
         """Take the body out of the buffer, and so find the request's end: RFC 9112 6.3."""
-        body = b""
-        if fields.length or fields.chunked:
-            if fields.expects_continue and not self._buffer:  # else the body is on its way
-                self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = self._read_chunks() if fields.chunked else self._read(fields.length)
-        self.closing = not fields.keep_alive
-        return body
+        if not fields.length and not fields.chunked:
+            return b""
+        if fields.expects_continue and not self._buffer:  # else the body is on its way
+            self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._read_chunks() if fields.chunked else self._read(fields.length)
 
     def _read_chunks(self) -> bytes:
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
         body, size = bytearray(), -1
         while size != 0:
-            match = CHUNK.fullmatch(self._read_line())
+            match = CHUNK.fullmatch(self._read_until(b"\r\n"))
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
             if len(body) + size > MAX_VALUE:
                 raise Refusal(413, "value too large")
             body += self._read(size)
-            if size != 0 and self._read_line():
+            if size != 0 and self._read_until(b"\r\n"):
                 raise Refusal(400, "malformed chunk")
         for _ in range(MAX_FIELDS + 1):
-            line = self._read_line()
+            line = self._read_until(b"\r\n")
             if not line:
                 return bytes(body)
             parse_field(line)
         raise Refusal(431, "too many field lines")
-
-    def _read_line(self) -> bytes:
-        return self._read_until(b"\r\n", 431)[0]
 
     def _read(self, size: int) -> bytes:
         """Take `size` bytes of a body out of the buffer."""
@@ -989,7 +973,7 @@ class Server(ThreadingHTTPServer):
         """Serve a connection, then close it, have it wait for a worker again, or park it."""
         try:
             connection.serve()
-            if connection.closing:
+            if connection.is_over:
                 connection.close()
             elif connection.has_begun_request():
                 self.workers.give(connection)  # at the end of the queue

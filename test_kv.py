@@ -1483,15 +1483,16 @@ RULES = [
     # The request line
     *rules("3", "400 closed", LINE, b"GET  /health HTTP/1.1", b"GET\t/health HTTP/1.1",
            b"GET /health HTTP/1.1 ", b" GET /health HTTP/1.1", b"GET /health", b"GET HTTP/1.1",
-           b"GET /he alth HTTP/1.1", b"\x16\x03\x01\x02\x00\x01", b"G(T /health HTTP/1.1"),
+           b"GET /he alth HTTP/1.1", b"GET /a\ra HTTP/1.1",
+           b"\x16\x03\x01\x02\x00\x01", b"G(T /health HTTP/1.1"),
     *rules("2.3", "400 closed", LINE, b"PRI * HTTP/2.0", b"GET /health HTTP/0.9",
            b"GET /health http/1.1", b"GET /health HTTP/1.10"),
-    *rules("3", "414 closed", b"%GET /" + b"x" * 9000, b"", END, END * 2),
+    *rules("3", "414 closed", b"%GET /" + b"x" * 33_000, b"", END, END * 2),
     Rule("3", "200 open", END + b"GET /health?" + b"x" * (8192 - 21) + b" HTTP/1.1\r\n"
-         + HOST + b"A: " + b"x" * (32_768 - 14) + END * 2),  # the longest head
+         + HOST + b"A: " + b"x" * (32_768 - 8192 - 14) + END * 2),  # the longest head
     *rules("2.2", "200 open", b"%" + GET + HOST + END, END, END * 2, END * 5),
     # What is no text is refused before the head is complete
-    *rules("2.2", "400 closed", b"%", b"GET /health HTTP/1.1\n", b"GET /a\ra", b"GET /\x01", b"\0",
+    *rules("2.2", "400 closed", b"%", b"GET /health HTTP/1.1\n", b"GET /\x01", b"\0",
            b"\n", b"\x16\x03\x01\x02", b"GET /a\x7f", GET + b"A: b\n", GET + b"A: b\0", GET + b"\n",
            GET + HOST + b"\n\n"),
     # The target
@@ -1527,7 +1528,7 @@ RULES = [
     *rules("6.2", "200 open", LENGTH, b"5", b"0005", b"5\r\nContent-Length: 5"),
     *rules("6.3", "400 closed", LENGTH, b"+5", b"-5", b"0x5", b"1_0", b"5.0", "٥".encode(), b"\xb2",
            b"", b"5, 5", b"5\r\nContent-Length: 6"),
-    *rules("9110 8.6", "413 closed", LENGTH, b"10485761", b"9" * 5000),
+    *rules("9110 8.6", "413 closed", LENGTH, b"10485761", b"9" * 1000),
     *rules("9110 8.6", "200 open", b"%\r\nHost: x\r\nContent-Length: 5\r\n\r\nvalue",
            b"GET /health HTTP/1.1", b"DELETE /kv/a HTTP/1.1"),
     Rule("6.3", "405 open",
@@ -1548,8 +1549,9 @@ RULES = [
     Rule("7.1", "400 closed", CHUNKED + b"1\r\na\n0\r\n\r\n"),
     *rules("7.1", "413 closed", CHUNKED + b"%", b"F" * 5000 + END, b"A00001\r\n",
            b"A00000\r\n" + b"x" * 0xA00000 + b"\r\n1\r\n"),
-    *rules("7.1", "431 closed", CHUNKED + b"%", b"1;" + b"a" * 8191 + b"\r\na", b"1" * 9000,
-           b"0\r\nA: " + b"b" * 33_000 + END * 2, b"0\r\n" + b"A: b\r\n" * 101 + END),
+    *rules("7.1", "414 closed", CHUNKED + b"%", b"1;" + b"a" * 33_000 + b"\r\na", b"1" * 33_000,
+           b"0\r\nA: " + b"b" * 33_000 + END * 2),
+    Rule("7.1", "431 closed", CHUNKED + b"0\r\n" + b"A: b\r\n" * 101 + END),
     # A long line, of which its end may come later
     Rule("7.1", "200 open", PUT + b"A: " + b"x" * 8124 + END + b"Transfer-Encoding: chunked\r\n\r\n"
          + b"1;a=" + b"b" * 8186 + END + b"a\r\n0\r\n\r\n"),
@@ -1567,8 +1569,6 @@ RULES = [
     *rules("9110 10.1.1", "100", PUT + b"%" + EXPECT, b"Content-Length: 1\r\n",
            b"Transfer-Encoding: chunked\r\n"),
     Rule("9110 10.1.1", "200 open", PUT + b"Content-Length: 1\r\n" + EXPECT + b"a"),
-    Rule("9110 10.1.1", "400 closed",
-         PUT.replace(b"rule", b"!") + b"Content-Length: 1\r\n" + EXPECT),
     *rules("9110 10.1.1", "200 open", FIELDS, b"Expect: 100-continue", b"Expect:", b"Expect: cake",
            b"Expect: 100-continue,,100-continue", b"Expect: 100-continue\r\nExpect: cake"),
     Rule("9110 10.1.1", "400 closed",
@@ -1639,16 +1639,6 @@ class HTTPTest(KVTest):
                 client.send(b"x" * size)
                 self.assertEqual(client.receive().status, 413)
                 self.assertTrue(client.is_closed())
-
-    @on_linux
-    def test_an_empty_line_behind_the_last_body_does_not_reset_the_connection(self) -> None:
-        server = self.start()
-        client = self.client(server)
-        client.send(request("PUT", "/kv/a", None, "Content-Length: 1", "Connection: close"))
-        wait_until_read(server, client)
-        client.send(b"1\r\n")
-        self.assertEqual(client.receive().status, 200)
-        self.assertEqual(client.file.read(1), b"")
 
     def test_line_ends_of_lf_are_told_what_is_wrong(self) -> None:
         client = self.client(self.start())
