@@ -11,20 +11,18 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte.
     GET    /health     "ok"
 
 All pairs live in memory. A shutdown, by SIGTERM or Ctrl-C, writes them to a snapshot in the working
-directory, and the next start reads them back. A shutdown is given 15 s, unless --graceful-timeout
-says otherwise, and has four steps:
+directory, and the next start reads them back. A crash loses what was written since the last
+snapshot: there is no write-ahead log. A shutdown is given 15 s, unless --graceful-timeout says
+otherwise, and has four steps:
 
     Stop    Clients that have connected are still served, new ones are kept out. From now on, an
             answer says `Connection: close`, unless the client has already sent the next request.
-    Idle    Idle connections are closed once nothing has been in flight for 0.2 s, or after 2 s in
-            any case.
+    Idle    Idle connections are closed once nothing has been in flight for 0.2 s, or after 2 s.
     Drain   Requests in flight are waited for, until 12 s (four fifths of the time) have passed.
             After the first second, what has been written is saved each second.
-    Save    Writes are answered 503 now, and the last snapshot is written. If that fails, it is
-            tried again until 15 s have passed.
+    Save    Writes are answered 503 now, and the last snapshot is written.
 
-Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved. A crash,
-unlike a shutdown, loses what was written since the last snapshot: there is no write-ahead log.
+Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved.
 
 The file reads from the inside out. Each part uses only earlier ones, except that a connection also
 asks its server. Persistence is in three parts: store, snapshot and shutdown.
@@ -79,10 +77,10 @@ class StoreClosed(Exception):
 
 
 class Store:
-    """A dict of strings that any number of threads may use at once. Closed, it can only be read.
+    """A dict of strings that any number of threads may use at once.
 
     Every access holds the lock. A write that gets the lock before `close` does is part of the last
-    save. A write that gets it afterwards is refused. So no acknowledged write is left out.
+    save. A write that gets it afterwards raises StoreClosed. So no acknowledged write is left out.
     """
 
     def __init__(self, pairs: dict[str, str]) -> None:
@@ -90,8 +88,7 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.has_changed = False  # since the last save began
-        # Clients may use up the memory that `ulimit -v` allows. So this reserve is freed for the
-        # last save; 1 MiB was too little.
+        # Clients may use up the memory. So this is freed for the last save; 1 MiB was too little.
         self._reserve = bytearray(8 * 1024 * 1024)
 
     def get(self, key: str) -> str | None:
@@ -99,7 +96,6 @@ class Store:
             return self._pairs.get(key)
 
     def put(self, key: str, value: str) -> None:
-        """Raises StoreClosed, like `delete` and `clear`."""
         with self._lock:
             self._begin_write()
             self._pairs[key] = value
@@ -129,23 +125,23 @@ class Store:
         """Return a dict of all pairs that later writes do not touch."""
         with self._lock:
             self.has_changed = False
-            # Requests go on during the save. So it gets a copy of the dict, not of its strings:
-            # some 30 ms for a million pairs. A closed store does not change, and needs no copy.
+            # Writes go on during a save, so it needs a copy: of the dict, not of its strings, some
+            # 30 ms for a million pairs. A closed store does not change.
             return self._pairs if self._closed else self._pairs.copy()
 
 
 # ---- Snapshot: all pairs in a file ----
 #
-# The file is a pickle of the dict, followed by the SHA-256 digest of that pickle. A crash in the
-# middle of a save must not leave half a file. So each save writes a new file, and gives it the name
-# of the old one when it is complete. A load must not believe a damaged file, and must not run what
-# is in it: a pickle can name any function of Python to be called.
+# The file is a pickle of the dict, then the SHA-256 digest of it. A crash in the middle of a save
+# must not leave half a file. So each save writes a new file, and gives it the name of the old one
+# when it is complete. A load must not believe a damaged file, and must not run what is in it: a
+# pickle can name any function of Python to be called.
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class SnapshotError(Exception):
-    """The snapshot cannot be trusted, or not be used here; the text says why."""
+    """The snapshot cannot be trusted or used; the text says why."""
 
 
 class StringsOnly(pickle.Unpickler):
@@ -213,17 +209,14 @@ class Snapshot:
         self._temporary = self.path + ".tmp"
 
     def open(self) -> None:
-        """Create the directory if need be, lock it, and try out a save.
-
-        Raises OSError or SnapshotError. What would make a save fail is better found out now.
-        """
+        """Create and lock the directory, and try out a save. Raises OSError or SnapshotError."""
         os.makedirs(self._directory, exist_ok=True)
         # Never closed: the kernel gives the lock back when the process ends, even in a crash.
-        self._locked = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(self._directory, os.O_RDONLY)
         try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SnapshotError("in use by another kv.py") from None
+            raise SnapshotError(f"{self._directory!r} is in use by another kv.py") from None
         write_pairs(self._temporary, {})
         self._sync_names()
         os.unlink(self._temporary)
@@ -236,30 +229,21 @@ class Snapshot:
             return {}
 
     def save(self, pairs: dict[str, str]) -> None:
-        """Replace the snapshot, whole or not at all.
-
-        Raises OSError (disk full, directory gone, ...) or MemoryError. The old snapshot is then
-        still in place, or, if only the sync of its name failed, the whole new one.
-        """
-        try:
-            # The content reaches the disk before the name. Otherwise a power failure in between
-            # could leave an empty file of that name.
-            write_pairs(self._temporary, pairs)
-            os.replace(self._temporary, self.path)
-            self._sync_names()
-        except Exception:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)  # half a file would keep a full disk full
-            raise
+        """Replace the snapshot, whole or not at all. Raises OSError or MemoryError."""
+        # The content has to reach the disk before the name. Otherwise a power failure in between
+        # could leave an empty file of that name.
+        write_pairs(self._temporary, pairs)
+        os.replace(self._temporary, self.path)
+        self._sync_names()
 
     def _sync_names(self) -> None:
         """Have the names in the directory reach the disk."""
         # Opened each time, as a network file system may have been mounted there anew.
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+        directory = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(directory)
         except OSError as error:
-            # CIFS and shared folders of virtual machines keep names without being asked.
+            # CIFS and shared folders of virtual machines cannot do that, and need not.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -273,7 +257,7 @@ class Log:
     """Lines on stderr. A line is dropped if its writer would have to wait.
 
     Perhaps nobody reads the pipe, or somebody has paused the terminal. So a line is written only if
-    `select` says that there is room. Thanks to the lock, no other thread takes that room.
+    `select` sees room for it, and the lock keeps others from taking that room.
     """
 
     def __init__(self) -> None:
@@ -282,13 +266,12 @@ class Log:
         with contextlib.suppress(OSError):  # no terminal
             # A terminal may have room for a part of a line only, and a write would wait for more.
             # Opened anew, because O_NONBLOCK on descriptor 2 would apply to the shell, too.
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-            self._descriptor = os.open(os.ttyname(2), flags)
+            self._descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, message: str) -> None:
-        line = f"kv.py: {message}".encode(errors="backslashreplace")
         if sys.stderr is None:  # closed at the start, so 2 may be the number of another file
             return
+        line = f"kv.py: {message}".encode(errors="backslashreplace")
         with self._lock, contextlib.suppress(OSError):  # the reader is gone
             if select.select([], [self._descriptor], [], 0)[1]:
                 # A pipe in which select sees room has room for PIPE_BUF bytes.
@@ -304,10 +287,9 @@ class Log:
 # ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
 #
 # A server and the proxy in front of it must agree where each request ends, or one client's bytes
-# become the start of another client's request. So nothing about that is guessed or repaired.
+# become another client's request. So nothing about that is guessed or repaired.
 
-# The largest value, in bytes. It takes several times that memory while it is received. Stored, it
-# takes four times, if there is one emoji in it.
+# The largest value, in bytes. Each that is being received takes several times that memory.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line and the field lines together, in bytes, and how many field lines. Browsers with
 # all their cookies stay under 16 KiB and 50 lines. Each connection can hold that amount of memory.
@@ -315,14 +297,14 @@ MAX_HEAD, MAX_FIELDS = 32 * 1024, 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control characters but tabs: RFC 9110 5.5
-# localhost, an%41me, 127.0.0.1 or [::1]: RFC 3986 3.2.2
+# localhost, 127.0.0.1 or [::1]: RFC 3986 3.2.2
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)"
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# Hosts that an attacker cannot point at this machine: IP addresses, localhost, names without a dot
-# (nor a %, as %2e is a dot). Others are refused because of DNS rebinding: a page has its own name
-# resolve to 127.0.0.1, and the browser takes this server for the page's own.
+# IP addresses, and names that no stranger owns: without a dot (or %2e), or localhost. Others are
+# refused because of DNS rebinding: the page http://a.example has a.example lead to 127.0.0.1, and
+# the browser takes this server for the one that the page came from.
 LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|(?:.*\.)?localhost\.?)" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
@@ -463,7 +445,6 @@ def answer_head(status: int, second: int) -> bytes:
 # These functions know nothing of sockets. They return the body of an answer with the status 200, or
 # raise a Refusal, whose text is the body. What else is answered:
 #
-#     HEAD            like GET, without the body
 #     400, 415, 501   a field changes what a write means: see refuse_write
 #     413             the value is over MAX_VALUE
 #     421             the request is for another host: see LOCAL_HOST
@@ -508,7 +489,6 @@ def health(store: Store, key: str, body: bytes) -> bytes:
     return b"ok\n"
 
 
-# Behind "/kv/" comes the key.
 ROUTES = {
     "/kv/": {"GET": get_value, "HEAD": get_value, "PUT": put_value, "DELETE": delete_key},
     "/clear": {"DELETE": clear},
@@ -543,7 +523,7 @@ def call(store: Store, method: str, path: str, body: bytes) -> bytes:
 
 # How many seconds a worker waits for the next request of a connection before it parks it. A busy
 # client sends it within that time, which saves a hand-over between threads. A longer time would tie
-# up workers for idle clients. A shutdown waits that long for idle clients, too.
+# up workers for idle clients.
 TICK = 0.2
 # How many seconds a request may take (but see _receive), and how long a client may read nothing of
 # an answer. A client that needs longer is gone, or wants to hold the worker.
@@ -562,11 +542,11 @@ class Connection:
         self._buffer = b""  # what has been received, and is not taken yet
         self.is_over = False  # whether the last answer was the last one of the connection
         connection.setblocking(True)  # on BSD and macOS, it is non-blocking like its listener
-        # Nagle's algorithm would hold back an answer until the one before it is acknowledged,
-        # which the client's kernel delays by 40 ms.
+        # Nagle's algorithm would hold back an answer until the one before it is acknowledged, which
+        # the client's kernel delays by 40 ms.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # After that many seconds and microseconds, a receive or a send raises BlockingIOError.
-        # settimeout() would cost a poll, one more system call, before each of them.
+        # settimeout() would cost one more system call for each of them.
         tick = struct.pack("ll", 0, int(TICK * 1_000_000))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         stall = struct.pack("ll", int(STALL_SECONDS), 0)
@@ -579,7 +559,7 @@ class Connection:
         self._socket.close()
 
     def is_silent(self) -> bool:
-        """Whether nothing has arrived that could be served."""
+        """Whether no bytes have arrived that could be served."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
@@ -587,16 +567,11 @@ class Connection:
 
     def has_begun_request(self) -> bool:
         """Whether something of the next request is in the buffer, where no selector sees it."""
-        # Some clients send an empty line behind a body, perhaps in two packets: RFC 9112 2.2.
-        while self._buffer.startswith(b"\r\n"):
-            self._buffer = self._buffer[2:]
-        return self._buffer not in (b"", b"\r")
+        self._buffer = self._buffer.lstrip(b"\r\n")  # some send empty lines: RFC 9112 2.2
+        return bool(self._buffer)
 
     def serve(self) -> None:
-        """Serve requests until none comes for a moment, or another connection needs the worker.
-
-        Then `closing` says whether the connection is at its end. OSError if the client is gone.
-        """
+        """Serve requests until none comes for a tick, or another connection needs the worker."""
         is_anybody_waiting = self._server.workers.is_anybody_waiting
         while not self.is_over:
             while not self.has_begun_request():
@@ -615,8 +590,8 @@ class Connection:
 
     def _serve_request(self) -> None:
         self._deadline = time.monotonic() + STALL_SECONDS
-        # A refusal before the end of the body is found ends the connection, because nobody knows
-        # where the next request starts.
+        # Until the body is read, a refusal ends the connection, because nobody knows where the next
+        # request starts.
         self.is_over = True
         head, http11, field, client_says_close = b"", True, b"", False
         try:
@@ -632,8 +607,8 @@ class Connection:
         except Refusal as refusal:
             status, answer, field = refusal.status, refusal.text.encode() + b"\n", refusal.field
         except StoreClosed:
-            status, answer, self.is_over = 503, b"shutting down\n", True
-        # What the client has sent ahead is served first, as far as it is in the buffer.
+            status, answer = 503, b"shutting down\n"
+        # What the client has sent ahead is served before a close, as far as it is in the buffer.
         if self._server.says_close() and not self.has_begun_request():
             self.is_over = True
         if self.is_over:
@@ -644,8 +619,6 @@ class Connection:
         self._answer(head or self._buffer, status, field, answer)
         if self.is_over and not client_says_close:
             self._linger()
-
-    # -- Sending --
 
     def _answer(self, head: bytes, status: int, field: bytes, body: bytes) -> None:
         """Send a whole response in one write: with TCP_NODELAY, each write is a packet."""
@@ -662,16 +635,13 @@ class Connection:
         """Let a client that may still be sending read its answer before the connection is closed.
 
         RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
-        this is a half-close, and what comes is thrown away until the client closes, or pauses for
-        a tick, but for 5 s at most.
+        half-close, and throw away what comes until the client closes or pauses, for 5 s at most.
         """
         self._socket.shutdown(socket.SHUT_WR)
         end = time.monotonic() + 5.0
         with contextlib.suppress(BlockingIOError):
             while time.monotonic() < end and self._socket.recv(RECEIVE_SIZE):
                 pass
-
-    # -- Receiving --
 
     def _read_until(self, end: bytes) -> bytes:
         """Take everything up to `end` out of the buffer, and return it without its end."""
@@ -682,9 +652,8 @@ class Connection:
             if found:
                 self._buffer = rest
                 return text
-            # What holds these will never be a head. A client of another protocol, such as TLS, may
-            # wait for an answer before it goes on. A person who types into `nc` sends lines that
-            # end with LF alone.
+            # This will never be a head, but its client may wait for an answer: one of another
+            # protocol, such as TLS, or a person whose `nc` ends lines with LF alone.
             if NO_TEXT.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
@@ -719,12 +688,10 @@ class Connection:
 
     def _read(self, size: int) -> bytes:
         """Take `size` bytes of a body out of the buffer."""
-        pieces, self._buffer = [self._buffer[:size]], self._buffer[size:]
-        missing = size - len(pieces[0])
-        while missing:
-            pieces.append(self._receive(missing))
-            missing -= len(pieces[-1])
-        return b"".join(pieces)
+        body, self._buffer = bytearray(self._buffer[:size]), self._buffer[size:]
+        while len(body) < size:
+            body += self._receive(size - len(body))
+        return bytes(body)
 
     def _receive(self, size: int = RECEIVE_SIZE) -> bytes:
         """Return up to `size` more bytes of a request that has begun, unless it takes too long."""
@@ -735,7 +702,7 @@ class Connection:
                 continue
             if not received:
                 raise ConnectionAbortedError("the request breaks off")
-            # Each KiB gives a second more, as what is large takes longer. But a worker never waits
+            # Each KiB gives a second more, as what is large takes longer, but a worker never waits
             # longer than STALL_SECONDS for the next byte.
             later = self._deadline + len(received) / 1024
             self._deadline = min(later, time.monotonic() + STALL_SECONDS)
@@ -749,77 +716,87 @@ class Connection:
 class Workers:
     """Threads, and the queue of connections that wait for one.
 
-    The worker that takes a connection starts another one if none is free; the acceptor is too busy
-    for that. Workers never end: a thousand idle ones take 20 MB.
+    The worker that takes a connection starts another one if none is free, as the acceptor has no
+    time for that. Workers never end: a thousand idle ones take 20 MB.
     """
 
-    # Each client that stalls holds a worker. Fewer workers would all be held by fewer clients. More
-    # would take more memory.
+    # Each client that stalls holds a worker, and each worker takes memory.
     MOST = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
-        """`serve` serves a connection, and then gives it back, parks or closes it."""
         self._serve = serve
         self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._lock = threading.Lock()  # for the numbers
-        self._number = 0  # of workers
+        self._threads = 0
         self.in_hand = 0  # connections that are in the queue, or that a worker has
         self.last_given = 0.0  # when, on the monotonic clock
 
     def give(self, connection: Connection) -> None:
-        """Put a connection at the end of the queue."""
         with self._lock:  # so that no worker subtracts this connection before it is added
             self._queue.put(connection)
             self.in_hand += 1
             self.last_given = time.monotonic()
 
     def is_anybody_waiting(self) -> bool:
-        return self.in_hand > self._number
+        """Whether a connection waits in the queue, because each thread has one."""
+        return self.in_hand > self._threads
 
     def start_one_if_none_is_free(self) -> None:
-        """Raises RuntimeError if the system allows no more threads."""
         with self._lock:
-            if self._number <= self.in_hand and self._number < self.MOST:
+            if self._threads <= self.in_hand and self._threads < self.MOST:
                 # Not by Thread.start(), which waits until the new thread has run.
                 _thread.start_new_thread(self._work, ())
-                self._number += 1
+                self._threads += 1
 
     def _work(self) -> None:
         while True:
-            # In a function of its own, as nothing may outlive the turn: a value can be large.
-            self._take_turn(self._queue.get())
-
-    def _take_turn(self, connection: Connection) -> None:
-        try:
-            with contextlib.suppress(RuntimeError, MemoryError):
-                self.start_one_if_none_is_free()
-            self._serve(connection)
-        finally:
-            # After parking, so that count_connections() never misses it.
-            with self._lock:
-                self.in_hand -= 1
+            connection = self._queue.get()
+            try:
+                with contextlib.suppress(RuntimeError, MemoryError):
+                    self.start_one_if_none_is_free()
+                self._serve(connection)
+            finally:
+                with self._lock:  # after the parking: see count_connections
+                    self.in_hand -= 1
+            del connection  # what it has received can be large, and the next one may come late
 
 
 # ---- Server: the listener, and the parked connections ----
+
+
+def keep_new_clients_out(listener: socket.socket) -> None:
+    """Let nobody into the listen queue any more; who is in it stays there.
+
+    Otherwise the queue might never be empty, because a client that has read `Connection: close`
+    connects again. And a client that comes between the last accept and the close would be reset.
+    """
+    # A program for the kernel, which drops each packet with the flag SYN: load byte 13 of the TCP
+    # header; if it has bit 2, skip a line; keep the whole packet; keep nothing of it.
+    lines = (0x30, 0, 0, 13), (0x45, 1, 0, 2), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
+    program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
+    pointer = struct.pack("HL", len(lines), program.buffer_info()[0])
+    so_attach_filter = 26
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, pointer)
+    except OSError:  # not on Linux, or in a sandbox: have room for one more client only
+        listener.listen(0)
 
 
 class Server(ThreadingHTTPServer):
     """Accepts connections, and gives each to a worker while requests keep coming.
 
     Its base class binds the listening socket, listens, accepts and closes it. Loop and threads are
-    our own: the base class spends a thread on each connection, even an idle one. So its shutdown(),
-    which waits for that loop, would wait for ever.
+    our own, because the base class spends a thread on each connection, even an idle one.
 
     Two kinds of threads meet at the selector:
     - A worker registers a connection, which parks it. That is the last thing that it does with the
       connection, as another worker may have it right after that.
-    - The acceptor unregisters it: when something has arrived, to give it to a worker; or when it
-      has been idle for too long, to close it, after a last look that nothing has arrived.
+    - The acceptor unregisters it: when something has arrived, to give it to a worker; when it has
+      been idle for too long, to close it, after a last look that nothing has arrived.
     Both hold `_lock`, and keep `_parked` in step with the selector.
     """
 
-    # Some releases of Python would share the port with another server that listens on it.
-    allow_reuse_port = False
+    allow_reuse_port = False  # or some releases of Python share the port with another server
     # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
     # 3 s, 7 s. The kernel lowers this to what it allows (somaxconn, 4,096 on Linux).
     request_queue_size = 65_535
@@ -828,63 +805,45 @@ class Server(ThreadingHTTPServer):
     # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s
     # (nginx, most load balancers) or 90 s (Go). If we closed first, a request could be on its way.
     IDLE_SECONDS = 120.0
-    # The same while the server is full. If a first request is lost in a burst, the client's kernel
-    # may retransmit it only after 6.4 s.
+    # The same in a full server. A request that was lost in a burst may be sent again after 6.4 s.
     IDLE_SECONDS_FULL = 10.0
     # The same in a shutdown, however busy the other connections are.
     IDLE_SECONDS_STOPPING = 2.0
-    # Descriptors that clients cannot have: for the selector, the file that is being saved, its
-    # directory, and what the interpreter opens.
+    # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
 
     def __init__(self, host: str, port: int, store: Store, log: Log, verbose: bool) -> None:
-        """Listen. OSError if that fails."""
+        """Listen, and serve in threads; raises OSError or RuntimeError if that fails."""
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family, address = info[0], cast(Any, info[4])
-        super().__init__(address, cast(Any, Connection))  # which `_accept` makes by itself
+        super().__init__(address, cast(Any, Connection))
         self.socket.setblocking(False)
-        # A loopback address: only processes on this machine can reach it, browsers among them.
+        # Only processes on this machine can reach a loopback address, browsers among them.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.store, self.log, self.verbose = store, log, verbose
         self.workers = Workers(self._serve)
         self._lock = threading.Lock()
         self._parked: dict[Connection, float] = {}  # and since when, the longest first
-        # Epoll and kqueue notice at once what is registered while the acceptor waits. Other
-        # selectors notice it after a tick.
+        # Epoll and kqueue notice at once what is registered meanwhile; others would after a tick.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free number, so all below the listener's are in use.
+        # The system hands out the lowest free descriptor, so those below the listener's are in use.
         free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
         self._most_connections = max(1, free - self.RESERVED_DESCRIPTORS)
-        self._is_full = False  # there are as many connections, and others wait in the listen queue
+        self._is_full = False  # there are as many connections
         self._is_listening = True
         self._stopping_since = 0.0  # on the monotonic clock, 0 if not stopping
-
-    def start(self) -> None:
-        """Serve in threads. RuntimeError if the system allows none."""
         self.workers.start_one_if_none_is_free()
         self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
         self._acceptor.start()
 
     def stop(self) -> None:
         """Have the acceptor end when the last connection is closed."""
-        # Clients in the listen queue are still served. New ones must not get into it: it might
-        # never be empty, as a client that has read `Connection: close` connects again. And one that
-        # came between the last accept and the close would be reset. So the kernel drops each SYN
-        # packet by this program: load byte 13 of the TCP header; if it has the flag SYN (2), skip a
-        # line; keep the whole packet; keep nothing.
-        lines = (0x30, 0, 0, 13), (0x45, 1, 0, 2), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
-        program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
-        pointer = struct.pack("HL", len(lines), program.buffer_info()[0])
-        so_attach_filter = 26
-        try:
-            self.socket.setsockopt(socket.SOL_SOCKET, so_attach_filter, pointer)
-        except OSError:  # not on Linux, or in a sandbox: have room for one more client only
-            self.socket.listen(0)
+        keep_new_clients_out(self.socket)
         self._stopping_since = time.monotonic()
 
     def join(self, until: float) -> bool:
-        """Wait for the last connection to close, until that time at most; return whether it has."""
+        """Wait until then for the last connection to close; return whether it has."""
         self._acceptor.join(max(0.0, until - time.monotonic()))
         return not self._acceptor.is_alive()
 
@@ -893,11 +852,9 @@ class Server(ThreadingHTTPServer):
         return self._is_full or self._stopping_since > 0
 
     def count_connections(self) -> int:
-        # in_hand first: a connection that is being parked is counted twice rather than not at all.
+        # In this order, one that is being parked is counted twice rather than not at all.
         in_hand = self.workers.in_hand
         return in_hand + len(self._parked)
-
-    # -- The acceptor --
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Accept, resume and close connections, until a shutdown has closed the last one."""
@@ -911,22 +868,22 @@ class Server(ThreadingHTTPServer):
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most; have workers serve those who have come."""
         if self.says_close():
-            # When full, clients in the listen queue would end each wait of the selector at once.
-            # When stopping, a worker that closes the last connection would not end it. So poll.
-            time.sleep(seconds / 10)
+            # When full, a client in the listen queue would end each wait of the selector at once.
+            # When stopping, the close of the last connection would not end it. So look regularly.
+            time.sleep(0.02)
             seconds = 0.0
         for key, _ in self._selector.select(seconds):
-            if key.fileobj is not self.socket:
-                self._unpark(cast(Connection, key.fileobj))
-                self.workers.give(cast(Connection, key.fileobj))
+            if key.data:  # a connection
+                self._unpark(key.data)
+                self.workers.give(key.data)
         if self._is_listening:
             self._accept()
         self._close_idle()
 
     def _accept(self) -> None:
-        """Accept the clients in the listen queue. If stopping, close the listener then."""
+        """Accept the clients in the listen queue; if stopping, close the listener then."""
         try:
-            for _ in range(1000):  # not without end, as parked ones wait for the acceptor, too
+            for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self.count_connections() >= self._most_connections
                 if self._is_full:
                     break
@@ -941,21 +898,25 @@ class Server(ThreadingHTTPServer):
 
     def _unpark(self, connection: Connection) -> None:
         with self._lock:
-            # Not after its close, as the next connection may have its number by then.
+            # Not after its close, when a new connection may have its descriptor.
             self._selector.unregister(connection)
             del self._parked[connection]
+
+    def _idle_limit(self, now: float) -> float:
+        """Return how many seconds a connection may stay parked."""
+        if not self._stopping_since:
+            return self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
+        # A client may send a request on one connection of its pool before it reads `Connection:
+        # close` on another. So all stay open until nobody has sent a request for a tick.
+        last_activity = max(self.workers.last_given, self._stopping_since)
+        is_quiet = not self.workers.in_hand and now - last_activity >= TICK
+        is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
+        return 0.0 if is_quiet or is_late else self.IDLE_SECONDS
 
     def _close_idle(self) -> None:
         """Close what has been parked for too long, unless something has arrived after all."""
         now = time.monotonic()
-        limit = self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
-        if self._stopping_since:
-            # A client with a request in hand may send the next one on another connection of its
-            # pool, on which it has not read `Connection: close` yet.
-            heard = now if self.workers.in_hand else self.workers.last_given
-            is_quiet = now - max(heard, self._stopping_since) >= TICK
-            is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
-            limit = 0.0 if is_quiet or is_late else self.IDLE_SECONDS
+        limit = self._idle_limit(now)
         while True:
             with self._lock:
                 connection, since = next(iter(self._parked.items()), (None, 0.0))
@@ -967,8 +928,6 @@ class Server(ThreadingHTTPServer):
             else:
                 self.workers.give(connection)
 
-    # -- The workers --
-
     def _serve(self, connection: Connection) -> None:
         """Serve a connection, then close it, have it wait for a worker again, or park it."""
         try:
@@ -979,7 +938,7 @@ class Server(ThreadingHTTPServer):
                 self.workers.give(connection)  # at the end of the queue
             else:
                 with self._lock:
-                    self._selector.register(connection, selectors.EVENT_READ)
+                    self._selector.register(connection, selectors.EVENT_READ, connection)
                     self._parked[connection] = time.monotonic()
         except OSError:
             connection.close()  # the client is gone, or does not read: nobody is left to be told
@@ -990,32 +949,27 @@ class Server(ThreadingHTTPServer):
 
 # ---- Shutdown: when to save, and the order of the four steps ----
 
-# By USR1, an operator asks for a save; by ALRM, the timer of --save-every, if anything has changed.
+# By USR1, an operator asks for a save; by ALRM, the timer of --save-every.
 SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}
 # What people and supervisors send again when they have lost patience.
 IMPATIENT = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
 
 
-def count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> str:
-    """Save the store; return why that failed, empty if it did not. For one thread at a time."""
+def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
+    """Save the store; return whether that worked. For one thread at a time."""
     begin = time.monotonic()
     try:
         pairs = store.begin_save()
         snapshot.save(pairs)
     except Exception as error:  # whatever it is, there may be another try
         store.has_changed = True
-        reason = str(error) or repr(error)
-        log(f"cannot save: {reason}")
-        return reason
-    log(f"saved {count(len(pairs), 'pair')} in {time.monotonic() - begin:.2f} s")
-    return ""
+        log(f"cannot save: {str(error) or repr(error)}")
+        return False
+    log(f"saved {len(pairs)} pair(s) in {time.monotonic() - begin:.2f} s")
+    return True
 
 
-def wait_for_stop(store: Store, save: Callable[[], str], stops: set[Any]) -> tuple[Any, float]:
+def wait_for_stop(store: Store, save: Callable[[], bool], stops: set[Any]) -> tuple[Any, float]:
     """Save at each signal for that; return which one stops the server, and when its time began."""
     while True:
         received = signal.sigwait(stops | SAVE_SIGNALS)
@@ -1029,22 +983,17 @@ def wait_for_stop(store: Store, save: Callable[[], str], stops: set[Any]) -> tup
             return signal.sigwait(stops), begin
 
 
-def drain(server: Server, save: Callable[[], str], begin: float, end: float) -> None:
-    """Stop the server, and wait for what is in flight, until `end` on the monotonic clock.
-
-    A signal that is sent again after the first second ends the waiting, too.
-    """
-    in_hand, clients = server.workers.in_hand, count(server.count_connections(), "connection")
-    server.log(f"draining: {clients}, {in_hand} of them in flight")
+def drain(server: Server, save: Callable[[], bool], begin: float, end: float) -> None:
+    """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
     server.stop()
     is_over = server.join(min(time.monotonic() + 1.0, end))
     # Ctrl-C often comes twice at once, from the terminal and from a program such as npm.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_over:
-        clients = count(server.count_connections(), "connection")
+        waiting = f"waiting for {server.count_connections()} connection(s)"
         left = max(0.0, end - time.monotonic())
-        server.log(f"waiting for {clients}, {left:.0f} s at most; SIGTERM or Ctrl-C ends that")
+        server.log(f"{waiting}, {left:.0f} s at most; SIGTERM or Ctrl-C ends that")
     while not is_over and time.monotonic() < end and not signal.sigpending() & IMPATIENT:
         # In case SIGKILL comes before the last save.
         if server.store.has_changed:
@@ -1054,38 +1003,28 @@ def drain(server: Server, save: Callable[[], str], begin: float, end: float) -> 
     server.log(f"drained in {seconds:.2f} s, {server.workers.in_hand} given up")
 
 
-def shut_down(server: Server, save: Callable[[], str], begin: float, seconds: float) -> str:
-    """Drain, and save; return why that failed, empty if it did not.
+def shut_down(server: Server, save: Callable[[], bool], begin: float, seconds: float) -> bool:
+    """Drain, and save; return whether all is saved.
 
-    `begin` is when the signal came, on the monotonic clock.
+    `begin` is when the signal came, on the monotonic clock, and `seconds` the graceful time-out.
     """
     try:
-        # What is left is for the last save, and for trying it again if the disk is full.
-        drain(server, save, begin, begin + 0.8 * seconds)
+        drain(server, save, begin, begin + 0.8 * seconds)  # the rest is for the last save
     except Exception as error:  # whatever it is, the last save is made
         server.log.error(error)
     server.store.close()
-    failure = save()
-    while failure and time.monotonic() + 1.0 < begin + seconds:
-        if signal.sigpending() & IMPATIENT:  # the one that has ended the drain counts, too
-            break
-        time.sleep(1.0)
-        failure = save()
-    if failure:
-        server.log(f"not saved, {failure}: what was written since the last snapshot is lost")
-    return failure
+    return save()
 
 
 # ---- Start: arguments, signals, exit codes ----
 
 # All signals but these stop the server, as they would end the process without a save: signs of a
 # crash; signals that cannot be waited for, or that pause a process; signals that are ignored by
-# default; and those that save. Not every system has all of them.
+# default. Not every system has all of them.
 NO_STOP = """
     SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP
     SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT
     SIGCHLD SIGINFO SIGURG SIGWINCH
-    SIGUSR1 SIGALRM
 """
 EPILOG = """\
 try it in another terminal:
@@ -1096,15 +1035,10 @@ SIGTERM and Ctrl-C save and end the server. SIGUSR1 saves while it goes on.
 """
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """Return the type of an argument."""
-
-    def parse(text: str) -> int:
-        if re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-
-    return parse
+def whole_number(least: int, most: int, text: str) -> int:
+    if re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1116,13 +1050,14 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     directory = os.environ.get("DATA_DIR") or "."
-    for name, what, kind, default, text in (
-        ("--host", "ADDRESS", str, "127.0.0.1", "where to listen"),
-        ("--port", "N", whole_number(0, 65_535), 8080, "0 is any that is free"),
-        ("--working-dir", "DIR", str, directory, "for the snapshot; $DATA_DIR or . if not given"),
-        ("--graceful-timeout", "SECONDS", whole_number(1, 10**6), 15, "from a signal to the exit"),
-        ("--save-every", "SECONDS", whole_number(0, 10**6), 0, "save by itself, too; 0 is never"),
+    for name, what, limits, default, text in (
+        ("--host", "ADDRESS", (), "127.0.0.1", "where to listen"),
+        ("--port", "N", (0, 65_535), 8080, "0 is any that is free"),
+        ("--working-dir", "DIR", (), directory, "for the snapshot; $DATA_DIR or . if not given"),
+        ("--graceful-timeout", "SECONDS", (1, 10**6), 15, "from a signal to the exit"),
+        ("--save-every", "SECONDS", (0, 10**6), 0, "save by itself, too; 0 is never"),
     ):
+        kind = functools.partial(whole_number, *limits) if limits else str
         text = f"{text} (default: %(default)r)"
         parser.add_argument(name, metavar=what, type=kind, default=default, help=text)
     parser.add_argument("--dump", action="store_true", help="print the snapshot as JSON Lines")
@@ -1146,8 +1081,8 @@ def raise_descriptor_limit() -> None:
 def stay_on_one_core() -> None:
     """Keep all threads on one processor core, where the system can do that.
 
-    Only the thread that has the interpreter lock runs. Passing the lock to a thread on another core
-    has to wake that core, which costs half the requests per second with 64 busy connections.
+    Only the thread that has the interpreter lock runs. Waking another core each time the lock is
+    passed on costs half the requests per second with 64 busy connections.
     """
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()  # 3.13 may be built without it
     if has_lock and hasattr(os, "sched_setaffinity"):
@@ -1158,7 +1093,6 @@ def stay_on_one_core() -> None:
 
 def dump(snapshot: Snapshot) -> None:
     """Print the snapshot's pairs to stdout, as one JSON object a line."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `kv.py --dump | head` ends quietly
     # Not sys.stdout, which would try again at the exit to write what it could not, and raise.
     with open(1, "wb", closefd=False) as stdout:
         for key, value in read_pairs(snapshot.path).items():
@@ -1173,7 +1107,8 @@ def block_signals() -> set[Any]:
     then waits for. Threads that are started later inherit this.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it stops the server, even if it was ignored
-    stops = signal.valid_signals() - {getattr(signal, name, None) for name in NO_STOP.split()}
+    no_stop = {getattr(signal, name, None) for name in NO_STOP.split()} | SAVE_SIGNALS
+    stops = signal.valid_signals() - no_stop
     # Nohup, or a shell that starts us in the background, has some ignored. Python ignores SIGPIPE.
     stops = {number for number in stops if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | SAVE_SIGNALS)
@@ -1197,25 +1132,22 @@ def main() -> None:
         doing = f"cannot load {snapshot.path!r} (move it away to start empty, or restore a backup)"
         # A damaged one stops the start. After an empty start, the next save would replace it.
         pairs = snapshot.load()
-        found = f"{count(len(pairs), 'pair')} in {snapshot.path!r}"
-        doing = f"cannot listen on {arguments.host!r} port {arguments.port}"
+        doing = f"cannot listen on {arguments.host!r} port {arguments.port} (see --host and --port)"
         log, store = Log(), Store(pairs)
         server = Server(arguments.host, arguments.port, store, log, arguments.verbose)
-        server.start()
     except Exception as error:
         sys.exit(f"kv.py: {doing}: {str(error) or repr(error)}")
     host, port = map(str, server.server_address[:2])
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    log(f"{found}, listening on {url}, process {os.getpid()}")
+    log(f"{len(pairs)} pair(s) in {snapshot.path!r}, listening on {url}, process {os.getpid()}")
 
     save = functools.partial(save_pairs, store, snapshot, log)
     signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
     received, begin = wait_for_stop(store, save, stops)
     log(getattr(received, "name", f"signal {received}"))  # real-time signals have no name
-    failure = shut_down(server, save, begin, arguments.graceful_timeout)
-    # Not by way of sys.exit(): threads that still have a connection in hand could not be ended, and
-    # nothing is left to flush.
-    os._exit(1 if failure else 0)
+    is_saved = shut_down(server, save, begin, arguments.graceful_timeout)
+    # Not sys.exit(): the interpreter would take itself apart while threads are at work.
+    os._exit(0 if is_saved else 1)
 
 
 if __name__ == "__main__":
