@@ -11,9 +11,8 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte.
     GET    /health     "ok"
 
 All pairs live in memory. A shutdown, by SIGTERM or Ctrl-C, writes them to a snapshot in the working
-directory, and the next start reads them back. A crash loses what was written since the last
-snapshot: there is no write-ahead log. A shutdown is given 15 s, unless --graceful-timeout says
-otherwise, and has four steps:
+directory, and the next start reads them. A crash loses what was written since the last snapshot.
+A shutdown is given 15 s, unless --graceful-timeout says otherwise, and has four steps:
 
     Stop    Clients that have connected are still served, new ones are kept out. From now on, an
             answer says `Connection: close`, unless the client has already sent the next request.
@@ -370,13 +369,12 @@ class Fields(NamedTuple):
 
 
 # A client repeats its header byte for byte, and parsing it costs more than all the rest. So results
-# are remembered. They depend on these arguments alone, and neither key nor value is in them. The 64
-# of them take MAX_HEAD bytes each at most.
+# are remembered. They depend on these arguments alone, in which there is no key and no value.
 @functools.lru_cache(maxsize=64)
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, is_local: bool
 ) -> Fields:
-    """Decide from field lines how the body is framed, and what happens to the request after it."""
+    """Decide from the field lines where the body ends, and whether the request is refused."""
     lines = block.split(b"\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise Refusal(431, "too many field lines")
@@ -503,8 +501,7 @@ def call(store: Store, method: str, path: str, body: bytes) -> bytes:
     if not functions:
         raise Refusal(404, "not found; try /health or /kv/KEY")
     if method not in functions:
-        allow = f"Allow: {', '.join(functions)}\r\n".encode()
-        raise Refusal(405, "method not allowed", allow)
+        raise Refusal(405, "method not allowed", f"Allow: {', '.join(functions)}\r\n".encode())
     key = unquote(path[len("/kv/") :]) if has_key else ""
     if has_key and not key:
         raise Refusal(400, "key cannot be empty")
@@ -827,7 +824,7 @@ class Server(ThreadingHTTPServer):
         # Epoll and kqueue notice at once what is registered meanwhile; others would after a tick.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free descriptor, so those below the listener's are in use.
+        # The system hands out the lowest free descriptor: all below the listener's are in use.
         free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
         self._most_connections = max(1, free - self.RESERVED_DESCRIPTORS)
         self._is_full = False  # there are as many connections
@@ -868,8 +865,8 @@ class Server(ThreadingHTTPServer):
     def _serve_once(self, seconds: float) -> None:
         """Wait for clients, that many seconds at most; have workers serve those who have come."""
         if self.says_close():
-            # When full, a client in the listen queue would end each wait of the selector at once.
-            # When stopping, the close of the last connection would not end it. So look regularly.
+            # When full, a client in the listen queue would end each wait at once. When stopping,
+            # the close of the last connection would not end it. So look regularly.
             time.sleep(0.02)
             seconds = 0.0
         for key, _ in self._selector.select(seconds):
@@ -888,7 +885,7 @@ class Server(ThreadingHTTPServer):
                 if self._is_full:
                     break
                 self.workers.give(Connection(*self.get_request(), self))
-        except BlockingIOError:  # nobody is left
+        except BlockingIOError:  # the listen queue is empty
             if self._stopping_since:
                 self._selector.unregister(self.socket)
                 self.server_close()
@@ -999,8 +996,8 @@ def drain(server: Server, save: Callable[[], bool], begin: float, end: float) ->
         if server.store.has_changed:
             save()
         is_over = server.join(min(time.monotonic() + 1.0, end))
-    seconds = time.monotonic() - begin
-    server.log(f"drained in {seconds:.2f} s, {server.workers.in_hand} given up")
+    in_hand = server.workers.in_hand
+    server.log(f"drained in {time.monotonic() - begin:.2f} s, {in_hand} given up")
 
 
 def shut_down(server: Server, save: Callable[[], bool], begin: float, seconds: float) -> bool:
@@ -1140,7 +1137,6 @@ def main() -> None:
     host, port = map(str, server.server_address[:2])
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     log(f"{len(pairs)} pair(s) in {snapshot.path!r}, listening on {url}, process {os.getpid()}")
-
     save = functools.partial(save_pairs, store, snapshot, log)
     signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
     received, begin = wait_for_stop(store, save, stops)
