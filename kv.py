@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A key-value server in one file: HTTP over threads, graceful shutdown, a snapshot on disk.
 
-It needs Python 3.9 or later and nothing else. Keys are made of [A-Za-z0-9:_.-], values are UTF-8
+It needs Linux or macOS and Python 3.9 or later. Keys are made of [A-Za-z0-9:_.-], values are UTF-8
 text of 1 byte to 10 MiB, and a value comes back byte for byte.
 
     PUT    /kv/{key}   store the body under key
@@ -10,18 +10,18 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte.
     DELETE /clear      remove every key
     GET    /health     "ok"
 
-All pairs live in memory. A shutdown, by SIGTERM or Ctrl-C, writes them to a snapshot in the working
-directory, and the next start reads them. A crash loses what was written since the last snapshot.
-A shutdown is given 15 s, unless --graceful-timeout says otherwise, and has four steps:
+All pairs live in memory. SIGTERM, Ctrl-C and the like begin a shutdown, which writes the pairs to a
+snapshot in the working directory. The next start reads them. A crash loses what was written since
+the last snapshot. A shutdown has four steps:
 
     Stop    Clients that have connected are still served, new ones are kept out. From now on, an
-            answer says `Connection: close`, unless the client has already sent the next request.
-    Idle    Idle connections are closed once nothing has been in flight for 0.2 s, or after 2 s.
-    Drain   Requests in flight are waited for, until 12 s (four fifths of the time) have passed.
-            After the first second, what has been written is saved each second.
+            answer says `Connection: close`, unless the next request has come with this one.
+    Idle    Idle connections are closed after 0.2 s without a request, or after 2 s.
+    Drain   Requests in flight are waited for, until 12 s have passed, four fifths of
+            --graceful-timeout. After the first second, what has changed is saved each second.
     Save    Writes are answered 503 now, and the last snapshot is written.
 
-Normally nobody stalls, and all of it takes a third of a second. Exit code 0 means saved.
+If nobody stalls and the store is small, this takes a third of a second. Exit code 0 means saved.
 
 The file reads from the inside out. Each part uses only earlier ones, except that a connection also
 asks its server. Persistence is in three parts: store, snapshot and shutdown.
@@ -78,7 +78,7 @@ class StoreClosed(Exception):
 class Store:
     """A dict of strings that any number of threads may use at once.
 
-    Every access holds the lock. A write that gets the lock before `close` does is part of the last
+    The lock guards the dict. A write that gets the lock before `close` does is part of the last
     save. A write that gets it afterwards raises StoreClosed. So no acknowledged write is left out.
     """
 
@@ -87,7 +87,7 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.has_changed = False  # since the last save began
-        # Clients may use up the memory. So this is freed for the last save; 1 MiB was too little.
+        # Clients may use up the memory, so this is freed for the last save. 1 MiB was too little.
         self._reserve = bytearray(8 * 1024 * 1024)
 
     def get(self, key: str) -> str | None:
@@ -139,10 +139,6 @@ class Store:
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
-class SnapshotError(Exception):
-    """The snapshot cannot be trusted or used; the text says why."""
-
-
 class StringsOnly(pickle.Unpickler):
     """An unpickler that gives a pickle no function to call."""
 
@@ -151,7 +147,7 @@ class StringsOnly(pickle.Unpickler):
 
 
 def digest(file: BinaryIO, size: int) -> bytes:
-    """Return the digest of the first `size` bytes, and leave the file standing behind them."""
+    """Return the digest of the first `size` bytes, and leave the file position just after them."""
     sha256 = hashlib.sha256()
     file.seek(0)
     for start in range(0, size, 1 << 16):
@@ -160,7 +156,7 @@ def digest(file: BinaryIO, size: int) -> bytes:
 
 
 def write_pairs(path: str, pairs: dict[str, str]) -> None:
-    """Write a file, which is on the disk when this returns. Raises OSError if that fails."""
+    """Write a file, and return when its content is on the disk. Raises OSError or MemoryError."""
     with open(path, "w+b") as file:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # else it keeps an index of all strings, a third of the store's size
@@ -173,15 +169,15 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
 def read_pairs(path: str) -> dict[str, str]:
     """Return the pairs in a file.
 
-    Raises SnapshotError if the file is not a dict of strings with its digest, OSError if it cannot
-    be read (FileNotFoundError if there is none), MemoryError if it does not fit into memory.
+    Raises ValueError if the file is not a dict of strings with its digest, OSError if it cannot be
+    read (FileNotFoundError if there is none), MemoryError if it does not fit into memory.
     """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END) - DIGEST_SIZE  # of the pickle
         if size <= 0:
-            raise SnapshotError("too short")
+            raise ValueError("too short")
         if digest(file, size) != file.read():
-            raise SnapshotError("truncated or altered: its checksum does not match")
+            raise ValueError("truncated or altered: its checksum does not match")
         file.seek(0)
         try:
             pairs: dict[str, str] = StringsOnly(file).load()
@@ -191,31 +187,31 @@ def read_pairs(path: str) -> dict[str, str]:
             if file.tell() != size:
                 raise ValueError("something stands behind the pickle")
         except (MemoryError, OSError):
-            raise  # that is no fault of the file
+            raise
         except Exception as error:  # the pickle module does not promise which
-            raise SnapshotError(f"not a dict of UTF-8 strings: {error}") from error
+            raise ValueError(f"not a dict of UTF-8 strings: {error}") from error
     return pairs
 
 
 class Snapshot:
-    """The snapshot in a working directory, which it locks against a second kv.py."""
+    """The snapshot in a working directory."""
 
     def __init__(self, directory: str) -> None:
-        # Absolute, as `.` would miss a file system that is mounted over it later. Not by abspath(),
-        # which takes `link/..` for the directory of the link; the system goes where it leads to.
+        # Absolute: `.` would stay in the old file system if a network share is mounted here anew.
+        # Not by abspath(), which cuts `link/..` short as text; the system follows the link first.
         self._directory = str(pathlib.Path(directory).absolute())
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
 
     def open(self) -> None:
-        """Create and lock the directory, and try out a save. Raises OSError or SnapshotError."""
+        """Create the directory, lock it, and try out a save. Raises OSError or MemoryError."""
         os.makedirs(self._directory, exist_ok=True)
-        # Never closed: the kernel gives the lock back when the process ends, even in a crash.
+        # Never closed: the kernel releases the lock when the process ends, even in a crash.
         descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SnapshotError(f"{self._directory!r} is in use by another kv.py") from None
+            raise BlockingIOError(f"{self._directory!r} is in use by another kv.py") from None
         write_pairs(self._temporary, {})
         self._sync_names()
         os.unlink(self._temporary)
@@ -253,10 +249,9 @@ class Snapshot:
 
 
 class Log:
-    """Lines on stderr. A line is dropped if its writer would have to wait.
+    """Lines on stderr. A line is dropped if a write would have to wait, as nobody reads them.
 
-    Perhaps nobody reads the pipe, or somebody has paused the terminal. So a line is written only if
-    `select` sees room for it, and the lock keeps others from taking that room.
+    `select` sees whether there is room, and the lock keeps other threads from taking it.
     """
 
     def __init__(self) -> None:
@@ -286,12 +281,12 @@ class Log:
 # ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
 #
 # A server and the proxy in front of it must agree where each request ends, or one client's bytes
-# become another client's request. So nothing about that is guessed or repaired.
+# become another client's request. So nothing about these ends is guessed or repaired.
 
-# The largest value, in bytes. Each that is being received takes several times that memory.
+# The largest value, in bytes. Receiving a value takes several times its size in memory.
 MAX_VALUE = 10 * 1024 * 1024
 # The request line and the field lines together, in bytes, and how many field lines. Browsers with
-# all their cookies stay under 16 KiB and 50 lines. Each connection can hold that amount of memory.
+# all their cookies stay under 16 KiB and 50 lines.
 MAX_HEAD, MAX_FIELDS = 32 * 1024, 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
@@ -301,27 +296,25 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# IP addresses, and names that no stranger owns: without a dot (or %2e), or localhost. Others are
-# refused because of DNS rebinding: the page http://a.example has a.example lead to 127.0.0.1, and
-# the browser takes this server for the one that the page came from.
-LOCAL_HOST = re.compile(rb"(?i)(?:\[.*\]|[0-9.]+|[^.%]*|(?:.*\.)?localhost\.?)" + PORT)
+# A name without a dot (%2e would be one), 127.0.0.1, [::1], localhost, a.localhost. Other names are
+# refused because of DNS rebinding: a page from a.example can make that name resolve to 127.0.0.1,
+# and then the browser treats this server as the page's own.
+LOCAL_HOST = re.compile(rb"(?i)(?:[^.%]*|[0-9.]+|\[.*\]|(?:.*\.)?localhost\.?)" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 # http://localhost:8080/kv/a, as a proxy may send it: RFC 9112 3.2.2
 ABSOLUTE_TARGET = re.compile(rb"(?i:https?)://(" + HOST + PORT + rb")((?:[/?].*)?)")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
-LENGTH = re.compile(rb"[0-9]{1,1000}")  # int() refuses 5,000 digits
+LENGTH = re.compile(rb"[0-9]{1,1000}")  # int() refuses more than 4,300 digits
 # text/plain; charset=utf-8
 CHARSET = re.compile(rb"; *charset *= *\"?([^\";, ]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# An LF without its CR, or another control character: see _read_until.
-NO_TEXT = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Refusal(Exception):
-    """A request that is answered with an error: its status, a line of text, one more field."""
+    """A request that is answered with an error: its status, a line of text, one more field line."""
 
     def __init__(self, status: int, text: str, field: bytes = b"") -> None:
         self.status, self.text, self.field = status, text, field
@@ -353,7 +346,7 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def members(values: dict[bytes, list[bytes]], name: bytes) -> set[bytes]:
-    """Return the members of a list, which may stand in several fields: RFC 9110 5.6.1."""
+    """Return what a field lists, separated by commas, perhaps on several lines: RFC 9110 5.6.1."""
     joined = b",".join(values.get(name, [])).lower()
     return {member.strip(b" \t") for member in joined.split(b",")} - {b""}
 
@@ -365,11 +358,12 @@ class Fields(NamedTuple):
     chunked: bool
     keep_alive: bool
     expects_continue: bool
-    refusal: tuple[int, str] | None  # the status and the text
+    # A status and a text. Not raised before the body is read, so that the connection can go on.
+    refusal: tuple[int, str] | None
 
 
 # A client repeats its header byte for byte, and parsing it costs more than all the rest. So results
-# are remembered. They depend on these arguments alone, in which there is no key and no value.
+# are remembered. They depend on the arguments alone, and path and body are not among these.
 @functools.lru_cache(maxsize=64)
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, is_local: bool
@@ -393,8 +387,8 @@ def parse_fields(
         raise Refusal(400, "Transfer-Encoding not allowed here")
     if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Refusal(501, "only the chunked transfer coding")
-    # Of two different lengths, a proxy may have believed the one that we do not. int() alone would
-    # take "+1", "1_0" and " 1 ", too.
+    # If there are two lengths, a proxy may have used the other one. int() alone would take "+1",
+    # "1_0" and " 1 ", too.
     if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
         raise Refusal(400, "invalid Content-Length")
     if int(lengths[0]) > MAX_VALUE:
@@ -412,7 +406,7 @@ def parse_fields(
 
 
 def refuse_write(values: dict[bytes, list[bytes]]) -> tuple[int, str] | None:
-    """Return the refusal if a field changes what a write means; none is supported here."""
+    """Return a refusal if a field would change what a write means: no such field is supported."""
     if b"content-range" in values:  # the body is a part of the value: RFC 9110 14.5
         return 400, "Content-Range is not supported: send the whole value"
     if values.keys() & {b"if-match", b"if-none-match", b"if-unmodified-since"}:  # RFC 9110 13.1
@@ -440,17 +434,17 @@ def answer_head(status: int, second: int) -> bytes:
 
 # ---- API: what a request does to the store, and what it is answered ----
 #
-# These functions know nothing of sockets. They return the body of an answer with the status 200, or
-# raise a Refusal, whose text is the body. What else is answered:
+# These functions return the body of an answer with the status 200, or raise a Refusal whose text is
+# the body. Elsewhere, a request is refused with
 #
-#     400, 415, 501   a field changes what a write means: see refuse_write
-#     413             the value is over MAX_VALUE
-#     421             the request is for another host: see LOCAL_HOST
-#     503             the write comes too late in a shutdown
-#     400, 408, 414, 431, 501   the request breaks HTTP's rules, is too slow or too large
+#     400, 415, 501   if a field would change what a write means: see refuse_write
+#     413             if the value is over MAX_VALUE
+#     421             if it is for another host: see LOCAL_HOST
+#     503             if it is a write, and comes too late in a shutdown: see StoreClosed
+#     400, 408, 414, 431, 501   if it breaks HTTP's rules, is too slow or too large
 #
-# A web page of another origin cannot read an answer without a CORS field, nor send PUT or DELETE
-# without an OPTIONS before, which is not allowed here.
+# Browsers let a page of another origin read an answer only if it has a CORS field, which none has.
+# Before a PUT or DELETE of such a page, they ask with OPTIONS, which is answered 405.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -494,7 +488,7 @@ ROUTES = {
 }
 
 
-def call(store: Store, method: str, path: str, body: bytes) -> bytes:
+def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
     """Do what a request asks for, and return the body of its answer."""
     has_key = path.startswith("/kv/")
     functions = ROUTES.get("/kv/" if has_key else path)
@@ -515,15 +509,15 @@ def call(store: Store, method: str, path: str, body: bytes) -> bytes:
 # The life of a connection: it is *accepted*, then *in hand* (it waits for a worker thread, or has
 # one), then *parked* (it is idle, and costs no thread), then in hand again, and so on, and at last
 # it is *closed*. One thread, the acceptor, accepts connections, watches the parked ones, and closes
-# those that are idle for too long. Workers serve requests. A connection asks its server whether
-# answers say `Connection: close`, and whether others wait for a worker.
+# those that are idle for too long. Workers serve requests. The server knows what one connection
+# does not: whether answers say `Connection: close`, and whether others wait for a worker.
 
-# How many seconds a worker waits for the next request of a connection before it parks it. A busy
-# client sends it within that time, which saves a hand-over between threads. A longer time would tie
-# up workers for idle clients.
+# How many seconds a worker waits for the next request before it parks a connection, and the unit of
+# other short waits. A busy client sends its next request within that time, which saves a hand-over
+# between threads. A longer time would tie up workers for idle clients.
 TICK = 0.2
-# How many seconds a request may take (but see _receive), and how long a client may read nothing of
-# an answer. A client that needs longer is gone, or wants to hold the worker.
+# How many seconds a small request may take, and how long a client may read nothing of its answer. A
+# shorter time would fail slow networks, a longer one would give workers to stalled clients.
 STALL_SECONDS = 15.0
 # How many bytes are received at once. Each worker that waits has that much memory allocated.
 RECEIVE_SIZE = 16 * 1024
@@ -532,12 +526,13 @@ RECEIVE_SIZE = 16 * 1024
 class Connection:
     """Reads the requests of one client, and answers them."""
 
-    __slots__ = ("_address", "_buffer", "_deadline", "_server", "_socket", "is_over")
+    __slots__ = ("_address", "_buffer", "_deadline", "_server", "_socket", "idle_since", "is_over")
 
     def __init__(self, connection: socket.socket, address: Any, server: Server) -> None:
         self._socket, self._address, self._server = connection, address[0], server
         self._buffer = b""  # what has been received, and is not taken yet
-        self.is_over = False  # whether the last answer was the last one of the connection
+        self.is_over = False  # whether there are no more requests on it
+        self.idle_since = 0.0  # when it was parked, on the monotonic clock
         connection.setblocking(True)  # on BSD and macOS, it is non-blocking like its listener
         # Nagle's algorithm would hold back an answer until the one before it is acknowledged, which
         # the client's kernel delays by 40 ms.
@@ -556,7 +551,7 @@ class Connection:
         self._socket.close()
 
     def is_silent(self) -> bool:
-        """Whether no bytes have arrived that could be served."""
+        """Whether nothing has arrived, or only the end of the connection."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except OSError:
@@ -564,7 +559,7 @@ class Connection:
 
     def has_begun_request(self) -> bool:
         """Whether something of the next request is in the buffer, where no selector sees it."""
-        self._buffer = self._buffer.lstrip(b"\r\n")  # some send empty lines: RFC 9112 2.2
+        self._buffer = self._buffer.lstrip(b"\r\n")  # empty lines between requests: RFC 9112 2.2
         return bool(self._buffer)
 
     def serve(self) -> None:
@@ -586,11 +581,15 @@ class Connection:
                 return
 
     def _serve_request(self) -> None:
+        """Read a request, and answer it. The connection is over in three cases:
+
+        - The end of the request was not found, so nobody knows where the next one starts.
+        - The client says `Connection: close`, and so sends nothing more.
+        - The server says it, as it is full or stopping, and no next request is in the buffer.
+        """
         self._deadline = time.monotonic() + STALL_SECONDS
-        # Until the body is read, a refusal ends the connection, because nobody knows where the next
-        # request starts.
-        self.is_over = True
-        head, http11, field, client_says_close = b"", True, b"", False
+        self.is_over, client_says_close = True, False
+        head, http11, more = b"", True, b""
         try:
             head = self._read_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
@@ -600,33 +599,32 @@ class Connection:
             self.is_over = client_says_close = not fields.keep_alive
             if fields.refusal:
                 raise Refusal(*fields.refusal)
-            status, answer = 200, call(self._server.store, method, path, body)
+            status, answer = 200, handle(self._server.store, method, path, body)
         except Refusal as refusal:
-            status, answer, field = refusal.status, refusal.text.encode() + b"\n", refusal.field
+            status, answer, more = refusal.status, refusal.text.encode() + b"\n", refusal.field
         except StoreClosed:
             status, answer = 503, b"shutting down\n"
-        # What the client has sent ahead is served before a close, as far as it is in the buffer.
         if self._server.says_close() and not self.has_begun_request():
             self.is_over = True
         if self.is_over:
-            field += b"Connection: close\r\n"
+            more += b"Connection: close\r\n"
         elif not http11:
-            field += b"Connection: keep-alive\r\n"
+            more += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
-        self._answer(head or self._buffer, status, field, answer)
+        self._answer(head or self._buffer, status, more, answer)
         if self.is_over and not client_says_close:
             self._linger()
 
-    def _answer(self, head: bytes, status: int, field: bytes, body: bytes) -> None:
-        """Send a whole response in one write: with TCP_NODELAY, each write is a packet."""
+    def _answer(self, head: bytes, status: int, more: bytes, body: bytes) -> None:
+        """Send a response, with more field lines, in one write: each write becomes a packet."""
         if self._server.verbose:
             # Quoted and cut, as a client can put anything into it.
-            line = repr(head.partition(b"\r\n")[0])[1:]
+            line = repr(head.partition(b"\r\n")[0])[1:]  # without the b of b'GET ...'
             self._server.log(f"{self._address} {line:.1000} {status} {len(body)}")
         beginning = answer_head(status, int(time.time()))
         length = b"Content-Length: %d\r\n\r\n" % len(body)
         sent_body = b"" if head.startswith(b"HEAD ") else body
-        self._socket.sendall(b"".join((beginning, field, length, sent_body)))
+        self._socket.sendall(b"".join((beginning, more, length, sent_body)))
 
     def _linger(self) -> None:
         """Let a client that may still be sending read its answer before the connection is closed.
@@ -640,6 +638,9 @@ class Connection:
             while time.monotonic() < end and self._socket.recv(RECEIVE_SIZE):
                 pass
 
+    # An LF without its CR, or another control character.
+    _NEVER_IN_A_HEAD = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
     def _read_until(self, end: bytes) -> bytes:
         """Take everything up to `end` out of the buffer, and return it without its end."""
         while True:
@@ -649,9 +650,9 @@ class Connection:
             if found:
                 self._buffer = rest
                 return text
-            # This will never be a head, but its client may wait for an answer: one of another
-            # protocol, such as TLS, or a person whose `nc` ends lines with LF alone.
-            if NO_TEXT.search(text):
+            # Such a client may wait for an answer, and never send the end: it speaks another
+            # protocol, such as TLS, or it is a person whose `nc` ends lines with LF alone.
+            if self._NEVER_IN_A_HEAD.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
 
@@ -699,8 +700,8 @@ class Connection:
                 continue
             if not received:
                 raise ConnectionAbortedError("the request breaks off")
-            # Each KiB gives a second more, as what is large takes longer, but a worker never waits
-            # longer than STALL_SECONDS for the next byte.
+            # Each KiB moves the deadline by a second, as what is large takes longer, but never
+            # further than STALL_SECONDS from now.
             later = self._deadline + len(received) / 1024
             self._deadline = min(later, time.monotonic() + STALL_SECONDS)
             return received
@@ -713,8 +714,8 @@ class Connection:
 class Workers:
     """Threads, and the queue of connections that wait for one.
 
-    The worker that takes a connection starts another one if none is free, as the acceptor has no
-    time for that. Workers never end: a thousand idle ones take 20 MB.
+    A worker that takes a connection starts another worker if none is free, as the acceptor has no
+    time for that. None ends when it is idle: a thousand take 20 MB.
     """
 
     # Each client that stalls holds a worker, and each worker takes memory.
@@ -735,12 +736,12 @@ class Workers:
             self.last_given = time.monotonic()
 
     def is_anybody_waiting(self) -> bool:
-        """Whether a connection waits in the queue, because each thread has one."""
+        """Whether there are more connections in hand than threads, so that some are queued."""
         return self.in_hand > self._threads
 
     def start_one_if_none_is_free(self) -> None:
         with self._lock:
-            if self._threads <= self.in_hand and self._threads < self.MOST:
+            if self.in_hand >= self._threads and self._threads < self.MOST:
                 # Not by Thread.start(), which waits until the new thread has run.
                 _thread.start_new_thread(self._work, ())
                 self._threads += 1
@@ -755,23 +756,22 @@ class Workers:
             finally:
                 with self._lock:  # after the parking: see count_connections
                     self.in_hand -= 1
-            del connection  # what it has received can be large, and the next one may come late
 
 
 # ---- Server: the listener, and the parked connections ----
 
 
 def keep_new_clients_out(listener: socket.socket) -> None:
-    """Let nobody into the listen queue any more; who is in it stays there.
+    """Let no more clients into the listen queue; those that are in it stay.
 
     Otherwise the queue might never be empty, because a client that has read `Connection: close`
     connects again. And a client that comes between the last accept and the close would be reset.
     """
     # A program for the kernel, which drops each packet with the flag SYN: load byte 13 of the TCP
-    # header; if it has bit 2, skip a line; keep the whole packet; keep nothing of it.
+    # header; if its bit of value 2 is set, skip a line; keep the whole packet; keep nothing of it.
     lines = (0x30, 0, 0, 13), (0x45, 1, 0, 2), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
     program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
-    pointer = struct.pack("HL", len(lines), program.buffer_info()[0])
+    pointer = struct.pack("HL", len(lines), program.buffer_info()[0])  # the length and the address
     so_attach_filter = 26
     try:
         listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, pointer)
@@ -782,15 +782,15 @@ def keep_new_clients_out(listener: socket.socket) -> None:
 class Server(ThreadingHTTPServer):
     """Accepts connections, and gives each to a worker while requests keep coming.
 
-    Its base class binds the listening socket, listens, accepts and closes it. Loop and threads are
-    our own, because the base class spends a thread on each connection, even an idle one.
+    Of its base class, it uses the listening socket: bind, listen, accept, close. It does not use
+    the loop, which spends a thread on each connection, even an idle one. So shutdown(), which waits
+    for the end of that loop, would wait for ever.
 
-    Two kinds of threads meet at the selector:
+    Two kinds of threads meet at the selector, and both hold `_lock` for it:
     - A worker registers a connection, which parks it. That is the last thing that it does with the
       connection, as another worker may have it right after that.
     - The acceptor unregisters it: when something has arrived, to give it to a worker; when it has
       been idle for too long, to close it, after a last look that nothing has arrived.
-    Both hold `_lock`, and keep `_parked` in step with the selector.
     """
 
     allow_reuse_port = False  # or some releases of Python share the port with another server
@@ -800,9 +800,9 @@ class Server(ThreadingHTTPServer):
     # HTTPServer's would ask the name service for the name of this host, which can take long.
     server_bind = socketserver.TCPServer.server_bind
     # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s
-    # (nginx, most load balancers) or 90 s (Go). If we closed first, a request could be on its way.
+    # (nginx, most load balancers) or 90 s (Go). If we closed first, we could cut off a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server. A request that was lost in a burst may be sent again after 6.4 s.
+    # The same in a full server. A packet that was lost in a burst may come only after 6.4 s.
     IDLE_SECONDS_FULL = 10.0
     # The same in a shutdown, however busy the other connections are.
     IDLE_SECONDS_STOPPING = 2.0
@@ -813,25 +813,25 @@ class Server(ThreadingHTTPServer):
         """Listen, and serve in threads; raises OSError or RuntimeError if that fails."""
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family, address = info[0], cast(Any, info[4])
-        super().__init__(address, cast(Any, Connection))
+        super().__init__(address, cast(Any, Connection))  # a handler class, which it does not use
         self.socket.setblocking(False)
-        # Only processes on this machine can reach a loopback address, browsers among them.
+        # There, strangers can only come by way of a browser: see LOCAL_HOST.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.store, self.log, self.verbose = store, log, verbose
-        self.workers = Workers(self._serve)
+        self.workers = Workers(self._serve_or_park)
         self._lock = threading.Lock()
-        self._parked: dict[Connection, float] = {}  # and since when, the longest first
-        # Epoll and kqueue notice at once what is registered meanwhile; others would after a tick.
+        # It has the listener and the parked connections, the longest idle first. Epoll and kqueue
+        # see at once what is registered while they wait; others would see it after a tick.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
         # The system hands out the lowest free descriptor: all below the listener's are in use.
         free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
         self._most_connections = max(1, free - self.RESERVED_DESCRIPTORS)
-        self._is_full = False  # there are as many connections
+        self._is_full = False
         self._is_listening = True
         self._stopping_since = 0.0  # on the monotonic clock, 0 if not stopping
         self.workers.start_one_if_none_is_free()
-        self._acceptor = threading.Thread(target=self.serve_forever, daemon=True)
+        self._acceptor = threading.Thread(target=self._accept_and_resume, daemon=True)
         self._acceptor.start()
 
     def stop(self) -> None:
@@ -845,32 +845,32 @@ class Server(ThreadingHTTPServer):
         return not self._acceptor.is_alive()
 
     def says_close(self) -> bool:
-        """Whether answers say `Connection: close`: then no request is on its way at the close."""
+        """Whether answers say `Connection: close`, so that nothing is on its way at the close."""
         return self._is_full or self._stopping_since > 0
 
     def count_connections(self) -> int:
-        # In this order, one that is being parked is counted twice rather than not at all.
+        # A worker parks a connection, and then takes it out of in_hand. So in this order, it may be
+        # counted twice, but not missed.
         in_hand = self.workers.in_hand
-        return in_hand + len(self._parked)
+        return in_hand + len(self._selector.get_map()) - self._is_listening
 
-    def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Accept, resume and close connections, until a shutdown has closed the last one."""
+    def _accept_and_resume(self) -> None:
+        """Be the acceptor, until a shutdown has closed the last connection."""
         while not self._stopping_since or self._is_listening or self.count_connections():
             try:
-                self._serve_once(poll_interval)
+                self._take_turn()
             except Exception as error:  # whatever it is, the others are served
                 self.log.error(error)
-                time.sleep(poll_interval)
+                time.sleep(TICK)
 
-    def _serve_once(self, seconds: float) -> None:
-        """Wait for clients, that many seconds at most; have workers serve those who have come."""
-        if self.says_close():
-            # When full, a client in the listen queue would end each wait at once. When stopping,
-            # the close of the last connection would not end it. So look regularly.
+    def _take_turn(self) -> None:
+        says_close = self.says_close()
+        if says_close:
+            # When full, a client in the listen queue ends each wait of the selector at once. When
+            # stopping, nothing ends it when the last connection is closed. So look regularly.
             time.sleep(0.02)
-            seconds = 0.0
-        for key, _ in self._selector.select(seconds):
-            if key.data:  # a connection
+        for key, _ in self._selector.select(0.0 if says_close else TICK):
+            if key.data:  # a connection, not the listener
                 self._unpark(key.data)
                 self.workers.give(key.data)
         if self._is_listening:
@@ -878,7 +878,8 @@ class Server(ThreadingHTTPServer):
         self._close_idle()
 
     def _accept(self) -> None:
-        """Accept the clients in the listen queue; if stopping, close the listener then."""
+        """Accept the clients in the listen queue. If stopping, close the listener then."""
+        is_stopping = self._stopping_since > 0  # before the last look into the queue
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self.count_connections() >= self._most_connections
@@ -886,27 +887,26 @@ class Server(ThreadingHTTPServer):
                     break
                 self.workers.give(Connection(*self.get_request(), self))
         except BlockingIOError:  # the listen queue is empty
-            if self._stopping_since:
+            if is_stopping:
                 self._selector.unregister(self.socket)
-                self.server_close()
                 self._is_listening = False
+                self.server_close()
         except OSError:  # others have used up the descriptors, or this client has given up
             self._is_full = True
 
     def _unpark(self, connection: Connection) -> None:
         with self._lock:
-            # Not after its close, when a new connection may have its descriptor.
+            # Before its close: afterwards, a new connection may have its descriptor.
             self._selector.unregister(connection)
-            del self._parked[connection]
 
     def _idle_limit(self, now: float) -> float:
         """Return how many seconds a connection may stay parked."""
         if not self._stopping_since:
             return self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
         # A client may send a request on one connection of its pool before it reads `Connection:
-        # close` on another. So all stay open until nobody has sent a request for a tick.
-        last_activity = max(self.workers.last_given, self._stopping_since)
-        is_quiet = not self.workers.in_hand and now - last_activity >= TICK
+        # close` on another. So idle ones stay while requests are in hand, and a tick longer.
+        last_request = max(self.workers.last_given, self._stopping_since)
+        is_quiet = not self.workers.in_hand and now - last_request >= TICK
         is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
         return 0.0 if is_quiet or is_late else self.IDLE_SECONDS
 
@@ -916,8 +916,9 @@ class Server(ThreadingHTTPServer):
         limit = self._idle_limit(now)
         while True:
             with self._lock:
-                connection, since = next(iter(self._parked.items()), (None, 0.0))
-            if not connection or now - since < limit:
+                parked = (key.data for key in self._selector.get_map().values() if key.data)
+                connection = next(parked, None)
+            if not connection or now - connection.idle_since < limit:
                 break
             self._unpark(connection)
             if connection.is_silent():
@@ -925,18 +926,18 @@ class Server(ThreadingHTTPServer):
             else:
                 self.workers.give(connection)
 
-    def _serve(self, connection: Connection) -> None:
-        """Serve a connection, then close it, have it wait for a worker again, or park it."""
+    def _serve_or_park(self, connection: Connection) -> None:
+        """Be a worker: serve a connection, then close it, queue it again, or park it."""
         try:
             connection.serve()
             if connection.is_over:
                 connection.close()
             elif connection.has_begun_request():
-                self.workers.give(connection)  # at the end of the queue
+                self.workers.give(connection)
             else:
+                connection.idle_since = time.monotonic()
                 with self._lock:
                     self._selector.register(connection, selectors.EVENT_READ, connection)
-                    self._parked[connection] = time.monotonic()
         except OSError:
             connection.close()  # the client is gone, or does not read: nobody is left to be told
         except Exception as error:  # a mistake in this program, or a lack of memory
@@ -976,7 +977,7 @@ def wait_for_stop(store: Store, save: Callable[[], bool], stops: set[Any]) -> tu
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stops:
-            # It came during the save, nobody knows when. So its time is counted from the save on.
+            # It came during the save, and nobody knows when. So count from the save's beginning.
             return signal.sigwait(stops), begin
 
 
@@ -1015,10 +1016,9 @@ def shut_down(server: Server, save: Callable[[], bool], begin: float, seconds: f
 
 # ---- Start: arguments, signals, exit codes ----
 
-# All signals but these stop the server, as they would end the process without a save: signs of a
-# crash; signals that cannot be waited for, or that pause a process; signals that are ignored by
-# default. Not every system has all of them.
-NO_STOP = """
+# All signals but these, and those above, stop the server. These are signs of a crash, cannot be
+# waited for, pause a process, or are ignored by default. Not every system has all of them.
+NOT_STOPPING = """
     SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP
     SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT
     SIGCHLD SIGINFO SIGURG SIGWINCH
@@ -1046,7 +1046,7 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    directory = os.environ.get("DATA_DIR") or "."
+    directory = os.environ.get("DATA_DIR", ".")
     for name, what, limits, default, text in (
         ("--host", "ADDRESS", (), "127.0.0.1", "where to listen"),
         ("--port", "N", (0, 65_535), 8080, "0 is any that is free"),
@@ -1076,7 +1076,7 @@ def raise_descriptor_limit() -> None:
 
 
 def stay_on_one_core() -> None:
-    """Keep all threads on one processor core, where the system can do that.
+    """Keep all threads on one processor core.
 
     Only the thread that has the interpreter lock runs. Waking another core each time the lock is
     passed on costs half the requests per second with 64 busy connections.
@@ -1104,8 +1104,8 @@ def block_signals() -> set[Any]:
     then waits for. Threads that are started later inherit this.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it stops the server, even if it was ignored
-    no_stop = {getattr(signal, name, None) for name in NO_STOP.split()} | SAVE_SIGNALS
-    stops = signal.valid_signals() - no_stop
+    others = {getattr(signal, name, None) for name in NOT_STOPPING.split()}
+    stops = signal.valid_signals() - others - SAVE_SIGNALS
     # Nohup, or a shell that starts us in the background, has some ignored. Python ignores SIGPIPE.
     stops = {number for number in stops if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | SAVE_SIGNALS)
@@ -1122,7 +1122,7 @@ def main() -> None:
             dump(snapshot)
             return
         stops = block_signals()
-        os.umask(0o077)  # only the owner may read the snapshot, and can
+        os.umask(0o077)  # only the owner may read the snapshot
         stay_on_one_core()
         raise_descriptor_limit()
         snapshot.open()
