@@ -185,7 +185,8 @@ class Program:
 
     def wait_until_ready(self) -> None:
         wait_until(lambda: self.has_ended() or listens(self.port), "it listens", GRACE)
-        assert not self.has_ended(), f"exit code {self.process.returncode}: {self.log[-1000:]}"
+        printed = self.log[-1000:] or "nothing"
+        assert not self.has_ended(), f"exit code {self.process.returncode}, printed {printed}"
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
@@ -3043,7 +3044,10 @@ def main() -> int:
         _, _, program, class_name, name, seconds = sys.argv
         check(program, class_name, name, float(seconds))
         return 0
-    if sys.argv[1:2] == ["--run"] and sys.argv[2:]:
+    if sys.argv[1:] == ["--run"]:
+        print("usage: python3 test_kv.py --run PROGRAM [WORD ...]")
+        return 2
+    if sys.argv[1:2] == ["--run"]:
         program = os.path.abspath(sys.argv[2])
         if not does_start([program]):
             return 1
