@@ -14,9 +14,9 @@ All pairs live in memory. SIGTERM, Ctrl-C and the like begin a shutdown, which w
 snapshot in the working directory. The next start reads them. A crash loses what was written since
 the last snapshot. A shutdown has four steps:
 
-    Stop    Clients that have connected are still served, new ones are kept out. From now on, an
+    Stop    Requests on open connections are still served, new clients are kept out. From now on, an
             answer says `Connection: close`, unless the next request has come with this one.
-    Idle    Idle connections are closed after 0.2 s without a request, or after 2 s.
+    Idle    Idle connections are closed when no client has sent a request for 0.2 s, or after 2 s.
     Drain   Requests in flight are waited for, until 12 s have passed, four fifths of
             --graceful-timeout. After the first second, what has changed is saved each second.
     Save    Writes are answered 503 now, and the last snapshot is written.
@@ -59,7 +59,7 @@ from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 if sys.version_info < (3, 9):  # noqa: UP036
@@ -87,7 +87,7 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.has_changed = False  # since the last save began
-        # Clients may use up the memory, so this is freed for the last save. 1 MiB was too little.
+        # Clients may use up the memory. So this is freed for the last save; 1 MiB was too little.
         self._reserve = bytearray(8 * 1024 * 1024)
 
     def get(self, key: str) -> str | None:
@@ -133,10 +133,8 @@ class Store:
 #
 # The file is a pickle of the dict, then the SHA-256 digest of it. A crash in the middle of a save
 # must not leave half a file. So each save writes a new file, and gives it the name of the old one
-# when it is complete. A load must not believe a damaged file, and must not run what is in it: a
-# pickle can name any function of Python to be called.
-
-DIGEST_SIZE = hashlib.sha256().digest_size
+# when it is complete. A load must not believe a damaged file. And as a pickle can name functions
+# that are called by the load, it must allow none.
 
 
 class StringsOnly(pickle.Unpickler):
@@ -173,7 +171,7 @@ def read_pairs(path: str) -> dict[str, str]:
     read (FileNotFoundError if there is none), MemoryError if it does not fit into memory.
     """
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END) - DIGEST_SIZE  # of the pickle
+        size = file.seek(0, os.SEEK_END) - hashlib.sha256().digest_size  # of the pickle
         if size <= 0:
             raise ValueError("too short")
         if digest(file, size) != file.read():
@@ -197,8 +195,8 @@ class Snapshot:
     """The snapshot in a working directory."""
 
     def __init__(self, directory: str) -> None:
-        # Absolute: `.` would stay in the old file system if a network share is mounted here anew.
-        # Not by abspath(), which cuts `link/..` short as text; the system follows the link first.
+        # Absolute: `.` would still mean a network share that was unmounted and mounted again. Not
+        # by abspath(), which takes `link/..` for `.`; the system follows the link first.
         self._directory = str(pathlib.Path(directory).absolute())
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
@@ -233,7 +231,7 @@ class Snapshot:
 
     def _sync_names(self) -> None:
         """Have the names in the directory reach the disk."""
-        # Opened each time, as a network file system may have been mounted there anew.
+        # Opened each time, as the path may lead to another file system by now.
         directory = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -249,7 +247,7 @@ class Snapshot:
 
 
 class Log:
-    """Lines on stderr. A line is dropped if a write would have to wait, as nobody reads them.
+    """Lines on stderr. If nobody reads them, so that a write would wait, a line is dropped.
 
     `select` sees whether there is room, and the lock keeps other threads from taking it.
     """
@@ -265,8 +263,8 @@ class Log:
     def __call__(self, message: str) -> None:
         if sys.stderr is None:  # closed at the start, so 2 may be the number of another file
             return
-        line = f"kv.py: {message}".encode(errors="backslashreplace")
-        with self._lock, contextlib.suppress(OSError):  # the reader is gone
+        with self._lock, contextlib.suppress(Exception):  # no reader is left, or no memory
+            line = f"kv.py: {message}".encode(errors="backslashreplace")
             if select.select([], [self._descriptor], [], 0)[1]:
                 # A pipe in which select sees room has room for PIPE_BUF bytes.
                 os.write(self._descriptor, line[: select.PIPE_BUF - 1] + b"\n")
@@ -281,7 +279,7 @@ class Log:
 # ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
 #
 # A server and the proxy in front of it must agree where each request ends, or one client's bytes
-# become another client's request. So nothing about these ends is guessed or repaired.
+# become another client's request. So nothing about these ends is guessed.
 
 # The largest value, in bytes. Receiving a value takes several times its size in memory.
 MAX_VALUE = 10 * 1024 * 1024
@@ -296,9 +294,9 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# A name without a dot (%2e would be one), 127.0.0.1, [::1], localhost, a.localhost. Other names are
-# refused because of DNS rebinding: a page from a.example can make that name resolve to 127.0.0.1,
-# and then the browser treats this server as the page's own.
+# In this order: names without a dot, plain or as %2e; 127.0.0.1; [::1]; localhost and a.localhost.
+# Other names are refused because of DNS rebinding: a page from a.example can make that name resolve
+# to 127.0.0.1, and then the browser treats this server as the page's own.
 LOCAL_HOST = re.compile(rb"(?i)(?:[^.%]*|[0-9.]+|\[.*\]|(?:.*\.)?localhost\.?)" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
@@ -306,7 +304,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 ABSOLUTE_TARGET = re.compile(rb"(?i:https?)://(" + HOST + PORT + rb")((?:[/?].*)?)")
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
-LENGTH = re.compile(rb"[0-9]{1,1000}")  # int() refuses more than 4,300 digits
+LENGTH = re.compile(rb"[0-9]{1,4000}")  # int() refuses more than 4,300 digits
 # text/plain; charset=utf-8
 CHARSET = re.compile(rb"; *charset *= *\"?([^\";, ]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
@@ -358,12 +356,12 @@ class Fields(NamedTuple):
     chunked: bool
     keep_alive: bool
     expects_continue: bool
-    # A status and a text. Not raised before the body is read, so that the connection can go on.
+    # A status and a text. Raised only after the body is read, so that the connection can go on.
     refusal: tuple[int, str] | None
 
 
-# A client repeats its header byte for byte, and parsing it costs more than all the rest. So results
-# are remembered. They depend on the arguments alone, and path and body are not among these.
+# A client mostly repeats its header, and parsing it costs more than all the rest. So results are
+# remembered. They depend on nothing but the arguments, and have nothing of path and body in them.
 @functools.lru_cache(maxsize=64)
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, is_local: bool
@@ -435,7 +433,7 @@ def answer_head(status: int, second: int) -> bytes:
 # ---- API: what a request does to the store, and what it is answered ----
 #
 # These functions return the body of an answer with the status 200, or raise a Refusal whose text is
-# the body. Elsewhere, a request is refused with
+# the body. Other parts refuse a request with
 #
 #     400, 415, 501   if a field would change what a write means: see refuse_write
 #     413             if the value is over MAX_VALUE
@@ -443,8 +441,8 @@ def answer_head(status: int, second: int) -> bytes:
 #     503             if it is a write, and comes too late in a shutdown: see StoreClosed
 #     400, 408, 414, 431, 501   if it breaks HTTP's rules, is too slow or too large
 #
-# Browsers let a page of another origin read an answer only if it has a CORS field, which none has.
-# Before a PUT or DELETE of such a page, they ask with OPTIONS, which is answered 405.
+# No answer has a CORS field, so browsers do not let a page of another origin read it. Before such a
+# page's PUT or DELETE they ask with OPTIONS, which is refused, so they do not send it.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -490,16 +488,17 @@ ROUTES = {
 
 def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
     """Do what a request asks for, and return the body of its answer."""
-    has_key = path.startswith("/kv/")
-    functions = ROUTES.get("/kv/" if has_key else path)
+    key = ""
+    if path.startswith("/kv/"):
+        path, key = "/kv/", unquote(path[len("/kv/") :])
+    functions = ROUTES.get(path)
     if not functions:
         raise Refusal(404, "not found; try /health or /kv/KEY")
     if method not in functions:
         raise Refusal(405, "method not allowed", f"Allow: {', '.join(functions)}\r\n".encode())
-    key = unquote(path[len("/kv/") :]) if has_key else ""
-    if has_key and not key:
+    if path == "/kv/" and not key:
         raise Refusal(400, "key cannot be empty")
-    if has_key and not KEY.fullmatch(key):
+    if path == "/kv/" and not KEY.fullmatch(key):
         raise Refusal(400, "key contains invalid characters; valid are A-Z a-z 0-9 : _ . -")
     return functions[method](store, key, body)
 
@@ -524,7 +523,7 @@ RECEIVE_SIZE = 16 * 1024
 
 
 class Connection:
-    """Reads the requests of one client, and answers them."""
+    """Reads the requests of one client, and answers them. Slots keep an idle one small."""
 
     __slots__ = ("_address", "_buffer", "_deadline", "_server", "_socket", "idle_since", "is_over")
 
@@ -533,12 +532,12 @@ class Connection:
         self._buffer = b""  # what has been received, and is not taken yet
         self.is_over = False  # whether there are no more requests on it
         self.idle_since = 0.0  # when it was parked, on the monotonic clock
-        connection.setblocking(True)  # on BSD and macOS, it is non-blocking like its listener
+        connection.setblocking(True)  # on BSD and macOS, it begins non-blocking like the listener
         # Nagle's algorithm would hold back an answer until the one before it is acknowledged, which
         # the client's kernel delays by 40 ms.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # After that many seconds and microseconds, a receive or a send raises BlockingIOError.
-        # settimeout() would cost one more system call for each of them.
+        # A receive raises BlockingIOError after a tick, a send after STALL_SECONDS. settimeout()
+        # would cost one more system call for each of them.
         tick = struct.pack("ll", 0, int(TICK * 1_000_000))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         stall = struct.pack("ll", int(STALL_SECONDS), 0)
@@ -566,37 +565,30 @@ class Connection:
         """Serve requests until none comes for a tick, or another connection needs the worker."""
         is_anybody_waiting = self._server.workers.is_anybody_waiting
         while not self.is_over:
-            while not self.has_begun_request():
+            if not self.has_begun_request():
                 try:
                     flags = socket.MSG_DONTWAIT if is_anybody_waiting() else 0
-                    received = self._socket.recv(RECEIVE_SIZE, flags)
+                    self._buffer = self._socket.recv(RECEIVE_SIZE, flags)
                 except BlockingIOError:
                     return
-                if not received:  # the client has ended the connection
-                    self.is_over = True
+                self.is_over = not self._buffer  # the client has ended the connection
+                if not self.has_begun_request():
                     return
-                self._buffer += received
             self._serve_request()
             if is_anybody_waiting():
                 return
 
     def _serve_request(self) -> None:
-        """Read a request, and answer it. The connection is over in three cases:
-
-        - The end of the request was not found, so nobody knows where the next one starts.
-        - The client says `Connection: close`, and so sends nothing more.
-        - The server says it, as it is full or stopping, and no next request is in the buffer.
-        """
         self._deadline = time.monotonic() + STALL_SECONDS
-        self.is_over, client_says_close = True, False
-        head, http11, more = b"", True, b""
+        head, more, http11, keep_alive = b"", b"", True, True
+        body: bytes | None = None
         try:
             head = self._read_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
             method, host, path, http11 = parse_request_line(line)
             fields = parse_fields(block, method, host, http11, self._server.is_local)
+            keep_alive = fields.keep_alive
             body = self._read_body(fields)
-            self.is_over = client_says_close = not fields.keep_alive
             if fields.refusal:
                 raise Refusal(*fields.refusal)
             status, answer = 200, handle(self._server.store, method, path, body)
@@ -604,19 +596,22 @@ class Connection:
             status, answer, more = refusal.status, refusal.text.encode() + b"\n", refusal.field
         except StoreClosed:
             status, answer = 503, b"shutting down\n"
-        if self._server.says_close() and not self.has_begun_request():
-            self.is_over = True
+        self.is_over = (
+            body is None  # nobody knows where this request ends, and the next one starts
+            or not keep_alive  # the client sends nothing more
+            or (self._server.says_close() and not self.has_begun_request())
+        )
         if self.is_over:
             more += b"Connection: close\r\n"
         elif not http11:
             more += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
         self._answer(head or self._buffer, status, more, answer)
-        if self.is_over and not client_says_close:
+        if self.is_over and (body is None or keep_alive):
             self._linger()
 
     def _answer(self, head: bytes, status: int, more: bytes, body: bytes) -> None:
-        """Send a response, with more field lines, in one write: each write becomes a packet."""
+        """Send a response, with more field lines, in one write: two would be two packets."""
         if self._server.verbose:
             # Quoted and cut, as a client can put anything into it.
             line = repr(head.partition(b"\r\n")[0])[1:]  # without the b of b'GET ...'
@@ -650,8 +645,8 @@ class Connection:
             if found:
                 self._buffer = rest
                 return text
-            # Such a client may wait for an answer, and never send the end: it speaks another
-            # protocol, such as TLS, or it is a person whose `nc` ends lines with LF alone.
+            # Whoever sends this may wait for an answer, and never send the end: a client of another
+            # protocol, such as TLS, or a person whose `nc` ends lines with LF alone.
             if self._NEVER_IN_A_HEAD.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
@@ -666,16 +661,18 @@ class Connection:
 
     def _read_chunks(self) -> bytes:
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
-        body, size = bytearray(), -1
-        while size != 0:
+        body = bytearray()
+        while True:
             match = CHUNK.fullmatch(self._read_until(b"\r\n"))
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
+            if size == 0:
+                break
             if len(body) + size > MAX_VALUE:
                 raise Refusal(413, "value too large")
             body += self._read(size)
-            if size != 0 and self._read_until(b"\r\n"):
+            if self._read_until(b"\r\n"):
                 raise Refusal(400, "malformed chunk")
         for _ in range(MAX_FIELDS + 1):
             line = self._read_until(b"\r\n")
@@ -715,11 +712,11 @@ class Workers:
     """Threads, and the queue of connections that wait for one.
 
     A worker that takes a connection starts another worker if none is free, as the acceptor has no
-    time for that. None ends when it is idle: a thousand take 20 MB.
+    time for that; the server starts the first. Idle ones stay: a thousand take 20 MB.
     """
 
     # Each client that stalls holds a worker, and each worker takes memory.
-    MOST = 1200
+    MOST_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
         self._serve = serve
@@ -741,8 +738,8 @@ class Workers:
 
     def start_one_if_none_is_free(self) -> None:
         with self._lock:
-            if self.in_hand >= self._threads and self._threads < self.MOST:
-                # Not by Thread.start(), which waits until the new thread has run.
+            if self.in_hand >= self._threads and self._threads < self.MOST_THREADS:
+                # Not by Thread.start(), which waits until the new thread has begun to run.
                 _thread.start_new_thread(self._work, ())
                 self._threads += 1
 
@@ -767,15 +764,18 @@ def keep_new_clients_out(listener: socket.socket) -> None:
     Otherwise the queue might never be empty, because a client that has read `Connection: close`
     connects again. And a client that comes between the last accept and the close would be reset.
     """
-    # A program for the kernel, which drops each packet with the flag SYN: load byte 13 of the TCP
-    # header; if its bit of value 2 is set, skip a line; keep the whole packet; keep nothing of it.
-    lines = (0x30, 0, 0, 13), (0x45, 1, 0, 2), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)
+    # A program for the kernel, which drops each packet that asks for a connection.
+    lines = (
+        (0x30, 0, 0, 13),  # load byte 13 of the TCP header
+        (0x45, 1, 0, 2),  # if it has the flag SYN, skip a line
+        (0x06, 0, 0, 0xFFFFFFFF),  # keep the whole packet
+        (0x06, 0, 0, 0),  # keep nothing of it
+    )
     program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
     pointer = struct.pack("HL", len(lines), program.buffer_info()[0])  # the length and the address
-    so_attach_filter = 26
     try:
-        listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, pointer)
-    except OSError:  # not on Linux, or in a sandbox: have room for one more client only
+        listener.setsockopt(socket.SOL_SOCKET, 26, pointer)  # SO_ATTACH_FILTER
+    except OSError:  # not on Linux, or in a sandbox: at least, make the queue short
         listener.listen(0)
 
 
@@ -786,7 +786,7 @@ class Server(ThreadingHTTPServer):
     the loop, which spends a thread on each connection, even an idle one. So shutdown(), which waits
     for the end of that loop, would wait for ever.
 
-    Two kinds of threads meet at the selector, and both hold `_lock` for it:
+    Two kinds of threads meet at the selector, and hold `_lock` while they change it:
     - A worker registers a connection, which parks it. That is the last thing that it does with the
       connection, as another worker may have it right after that.
     - The acceptor unregisters it: when something has arrived, to give it to a worker; when it has
@@ -802,7 +802,7 @@ class Server(ThreadingHTTPServer):
     # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s
     # (nginx, most load balancers) or 90 s (Go). If we closed first, we could cut off a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server. A packet that was lost in a burst may come only after 6.4 s.
+    # The same in a full server. In a burst, a lost packet may be retransmitted only after 6.4 s.
     IDLE_SECONDS_FULL = 10.0
     # The same in a shutdown, however busy the other connections are.
     IDLE_SECONDS_STOPPING = 2.0
@@ -811,11 +811,11 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, store: Store, log: Log, verbose: bool) -> None:
         """Listen, and serve in threads; raises OSError or RuntimeError if that fails."""
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        self.address_family, address = info[0], cast(Any, info[4])
-        super().__init__(address, cast(Any, Connection))  # a handler class, which it does not use
+        info: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.address_family = info[0]
+        super().__init__(info[4], socketserver.BaseRequestHandler)  # of which it makes none
         self.socket.setblocking(False)
-        # There, strangers can only come by way of a browser: see LOCAL_HOST.
+        # To a loopback address, strangers can only come by way of a browser: see LOCAL_HOST.
         self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.store, self.log, self.verbose = store, log, verbose
         self.workers = Workers(self._serve_or_park)
@@ -831,7 +831,7 @@ class Server(ThreadingHTTPServer):
         self._is_listening = True
         self._stopping_since = 0.0  # on the monotonic clock, 0 if not stopping
         self.workers.start_one_if_none_is_free()
-        self._acceptor = threading.Thread(target=self._accept_and_resume, daemon=True)
+        self._acceptor = threading.Thread(target=self._run_acceptor, daemon=True)
         self._acceptor.start()
 
     def stop(self) -> None:
@@ -849,13 +849,13 @@ class Server(ThreadingHTTPServer):
         return self._is_full or self._stopping_since > 0
 
     def count_connections(self) -> int:
-        # A worker parks a connection, and then takes it out of in_hand. So in this order, it may be
-        # counted twice, but not missed.
+        # A worker parks a connection, and then takes it out of in_hand. So if the acceptor asks in
+        # this order, it may count one twice, but misses none.
         in_hand = self.workers.in_hand
         return in_hand + len(self._selector.get_map()) - self._is_listening
 
-    def _accept_and_resume(self) -> None:
-        """Be the acceptor, until a shutdown has closed the last connection."""
+    def _run_acceptor(self) -> None:
+        """Accept, give and close connections, until a shutdown has closed the last one."""
         while not self._stopping_since or self._is_listening or self.count_connections():
             try:
                 self._take_turn()
@@ -895,18 +895,18 @@ class Server(ThreadingHTTPServer):
             self._is_full = True
 
     def _unpark(self, connection: Connection) -> None:
+        """Not after its close, when a new connection may have its descriptor."""
         with self._lock:
-            # Before its close: afterwards, a new connection may have its descriptor.
             self._selector.unregister(connection)
 
     def _idle_limit(self, now: float) -> float:
         """Return how many seconds a connection may stay parked."""
         if not self._stopping_since:
             return self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
-        # A client may send a request on one connection of its pool before it reads `Connection:
-        # close` on another. So idle ones stay while requests are in hand, and a tick longer.
-        last_request = max(self.workers.last_given, self._stopping_since)
-        is_quiet = not self.workers.in_hand and now - last_request >= TICK
+        # Clients may send on one connection before they read `Connection: close` on another. So
+        # idle ones stay while any is in hand, and until a tick after the last came there.
+        quiet_since = max(self.workers.last_given, self._stopping_since)
+        is_quiet = not self.workers.in_hand and now - quiet_since >= TICK
         is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
         return 0.0 if is_quiet or is_late else self.IDLE_SECONDS
 
@@ -939,7 +939,7 @@ class Server(ThreadingHTTPServer):
                 with self._lock:
                     self._selector.register(connection, selectors.EVENT_READ, connection)
         except OSError:
-            connection.close()  # the client is gone, or does not read: nobody is left to be told
+            connection.close()  # mostly, the client is gone, or does not read
         except Exception as error:  # a mistake in this program, or a lack of memory
             connection.close()
             self.log.error(error)
@@ -989,9 +989,9 @@ def drain(server: Server, save: Callable[[], bool], begin: float, end: float) ->
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_over:
-        waiting = f"waiting for {server.count_connections()} connection(s)"
         left = max(0.0, end - time.monotonic())
-        server.log(f"{waiting}, {left:.0f} s at most; SIGTERM or Ctrl-C ends that")
+        what = f"{server.count_connections()} connection(s), {left:.0f} s at most"
+        server.log(f"waiting for {what}; SIGTERM or Ctrl-C ends that")
     while not is_over and time.monotonic() < end and not signal.sigpending() & IMPATIENT:
         # In case SIGKILL comes before the last save.
         if server.store.has_changed:
@@ -1016,8 +1016,8 @@ def shut_down(server: Server, save: Callable[[], bool], begin: float, seconds: f
 
 # ---- Start: arguments, signals, exit codes ----
 
-# All signals but these, and those above, stop the server. These are signs of a crash, cannot be
-# waited for, pause a process, or are ignored by default. Not every system has all of them.
+# Every signal stops the server but SAVE_SIGNALS, those ignored at the start, and these: signs of a
+# crash, what cannot be waited for or pauses a process, what is ignored by default, on any system.
 NOT_STOPPING = """
     SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP
     SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT
@@ -1078,7 +1078,7 @@ def raise_descriptor_limit() -> None:
 def stay_on_one_core() -> None:
     """Keep all threads on one processor core.
 
-    Only the thread that has the interpreter lock runs. Waking another core each time the lock is
+    Only one thread at a time has the interpreter lock. Waking another core each time the lock is
     passed on costs half the requests per second with 64 busy connections.
     """
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()  # 3.13 may be built without it
@@ -1104,8 +1104,8 @@ def block_signals() -> set[Any]:
     then waits for. Threads that are started later inherit this.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it stops the server, even if it was ignored
-    others = {getattr(signal, name, None) for name in NOT_STOPPING.split()}
-    stops = signal.valid_signals() - others - SAVE_SIGNALS
+    not_stopping = {getattr(signal, name, None) for name in NOT_STOPPING.split()}
+    stops = signal.valid_signals() - not_stopping - SAVE_SIGNALS
     # Nohup, or a shell that starts us in the background, has some ignored. Python ignores SIGPIPE.
     stops = {number for number in stops if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | SAVE_SIGNALS)
@@ -1127,7 +1127,6 @@ def main() -> None:
         raise_descriptor_limit()
         snapshot.open()
         doing = f"cannot load {snapshot.path!r} (move it away to start empty, or restore a backup)"
-        # A damaged one stops the start. After an empty start, the next save would replace it.
         pairs = snapshot.load()
         doing = f"cannot listen on {arguments.host!r} port {arguments.port} (see --host and --port)"
         log, store = Log(), Store(pairs)
