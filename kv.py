@@ -15,9 +15,9 @@ snapshot in the working directory. The next start reads them. A crash loses what
 the last snapshot. A shutdown has four steps:
 
     Stop    Requests on open connections are still served, new clients are kept out. From now on, an
-            answer says `Connection: close`, unless the next request has come with this one.
+            answer says `Connection: close`, unless the client has sent two requests at once.
     Idle    Idle connections are closed when no client has sent a request for 0.2 s, or after 2 s.
-    Drain   Requests in flight are waited for, until 12 s have passed, four fifths of
+    Drain   Requests in flight are waited for, until 12 s have passed, four fifths of the default of
             --graceful-timeout. After the first second, what has changed is saved each second.
     Save    Writes are answered 503 now, and the last snapshot is written.
 
@@ -87,7 +87,7 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.has_changed = False  # since the last save began
-        # Clients may use up the memory. So this is freed for the last save; 1 MiB was too little.
+        # Clients may use up the memory. `close` frees these bytes for the last save.
         self._reserve = bytearray(8 * 1024 * 1024)
 
     def get(self, key: str) -> str | None:
@@ -124,17 +124,17 @@ class Store:
         """Return a dict of all pairs that later writes do not touch."""
         with self._lock:
             self.has_changed = False
-            # Writes go on during a save, so it needs a copy: of the dict, not of its strings, some
-            # 30 ms for a million pairs. A closed store does not change.
+            # Writes go on during a save, so it gets a copy, unless the store is closed. To copy the
+            # dict, not its strings, takes 30 ms for a million pairs.
             return self._pairs if self._closed else self._pairs.copy()
 
 
 # ---- Snapshot: all pairs in a file ----
 #
-# The file is a pickle of the dict, then the SHA-256 digest of it. A crash in the middle of a save
-# must not leave half a file. So each save writes a new file, and gives it the name of the old one
-# when it is complete. A load must not believe a damaged file. And as a pickle can name functions
-# that are called by the load, it must allow none.
+# The file is a pickle of the dict, then the SHA-256 digest of that pickle. A crash must not leave
+# half a file. So each save writes a new one, and renames it over the old one when it is complete. A
+# load must not believe a damaged file. And a pickle can name functions for the load to call, which
+# are all refused.
 
 
 class StringsOnly(pickle.Unpickler):
@@ -159,7 +159,7 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # else it keeps an index of all strings, a third of the store's size
         pickler.dump(pairs)
-        file.write(digest(file, file.tell()))
+        file.write(digest(file, file.tell()))  # read back, as a pickler does not hash
         file.flush()
         os.fsync(file.fileno())
 
@@ -195,8 +195,8 @@ class Snapshot:
     """The snapshot in a working directory."""
 
     def __init__(self, directory: str) -> None:
-        # Absolute: `.` would still mean a network share that was unmounted and mounted again. Not
-        # by abspath(), which takes `link/..` for `.`; the system follows the link first.
+        # Absolute: when a network share is mounted anew, `.` stays with the old mount. Not by
+        # abspath(), which takes `link/..` for `.`; the system follows the link first.
         self._directory = str(pathlib.Path(directory).absolute())
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
@@ -260,13 +260,14 @@ class Log:
             # Opened anew, because O_NONBLOCK on descriptor 2 would apply to the shell, too.
             self._descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
-    def __call__(self, message: str) -> None:
-        if sys.stderr is None:  # closed at the start, so 2 may be the number of another file
+    def __call__(self, *parts: object) -> None:
+        if sys.stderr is None:  # it was closed at the start, and 2 may be another file by now
             return
         with self._lock, contextlib.suppress(Exception):  # no reader is left, or no memory
-            line = f"kv.py: {message}".encode(errors="backslashreplace")
+            message = " ".join(str(part) or repr(part) for part in ("kv.py:", *parts))
+            line = message.encode(errors="backslashreplace")
             if select.select([], [self._descriptor], [], 0)[1]:
-                # A pipe in which select sees room has room for PIPE_BUF bytes.
+                # If select sees room in a pipe, it is at least PIPE_BUF bytes.
                 os.write(self._descriptor, line[: select.PIPE_BUF - 1] + b"\n")
 
     def error(self, error: BaseException) -> None:
@@ -289,15 +290,15 @@ MAX_HEAD, MAX_FIELDS = 32 * 1024, 100
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control characters but tabs: RFC 9110 5.5
-# localhost, 127.0.0.1 or [::1]: RFC 3986 3.2.2
+# a.example, 127.0.0.1 or [::1], for instance: RFC 3986 3.2.2
 HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)"
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# In this order: names without a dot, plain or as %2e; 127.0.0.1; [::1]; localhost and a.localhost.
+# kv or [::1], which have neither a dot nor its code %2e; 127.0.0.1; localhost. or a.localhost.
 # Other names are refused because of DNS rebinding: a page from a.example can make that name resolve
 # to 127.0.0.1, and then the browser treats this server as the page's own.
-LOCAL_HOST = re.compile(rb"(?i)(?:[^.%]*|[0-9.]+|\[.*\]|(?:.*\.)?localhost\.?)" + PORT)
+LOCAL_HOST = re.compile(rb"(?i)(?:[^.%]*|[0-9.]+|(?:.*\.)?localhost\.?)" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 # http://localhost:8080/kv/a, as a proxy may send it: RFC 9112 3.2.2
@@ -361,8 +362,8 @@ class Fields(NamedTuple):
 
 
 # A client mostly repeats its header, and parsing it costs more than all the rest. So results are
-# remembered. They depend on nothing but the arguments, and have nothing of path and body in them.
-@functools.lru_cache(maxsize=64)
+# remembered. They depend on the arguments alone, which include neither the path nor the body.
+@functools.lru_cache
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, is_local: bool
 ) -> Fields:
@@ -418,7 +419,7 @@ def refuse_write(values: dict[bytes, list[bytes]]) -> tuple[int, str] | None:
     return None
 
 
-@functools.lru_cache(maxsize=16)  # made once a second for each status
+@functools.lru_cache  # so it is made once a second for each status
 def answer_head(status: int, second: int) -> bytes:
     """Return the beginning of each answer with this status in this second: RFC 9110 6.6.1."""
     return (
@@ -441,8 +442,8 @@ def answer_head(status: int, second: int) -> bytes:
 #     503             if it is a write, and comes too late in a shutdown: see StoreClosed
 #     400, 408, 414, 431, 501   if it breaks HTTP's rules, is too slow or too large
 #
-# No answer has a CORS field, so browsers do not let a page of another origin read it. Before such a
-# page's PUT or DELETE they ask with OPTIONS, which is refused, so they do not send it.
+# No answer has a CORS field, so browsers do not let a page of another origin read it. Before a PUT
+# or DELETE of such a page, a browser sends OPTIONS. That is refused, so it never sends the write.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -580,7 +581,7 @@ class Connection:
 
     def _serve_request(self) -> None:
         self._deadline = time.monotonic() + STALL_SECONDS
-        head, more, http11, keep_alive = b"", b"", True, True
+        head, extra_fields, http11, keep_alive = b"", b"", True, True
         body: bytes | None = None
         try:
             head = self._read_until(b"\r\n\r\n")
@@ -593,7 +594,8 @@ class Connection:
                 raise Refusal(*fields.refusal)
             status, answer = 200, handle(self._server.store, method, path, body)
         except Refusal as refusal:
-            status, answer, more = refusal.status, refusal.text.encode() + b"\n", refusal.field
+            status, answer = refusal.status, refusal.text.encode() + b"\n"
+            extra_fields = refusal.field
         except StoreClosed:
             status, answer = 503, b"shutting down\n"
         self.is_over = (
@@ -602,16 +604,16 @@ class Connection:
             or (self._server.says_close() and not self.has_begun_request())
         )
         if self.is_over:
-            more += b"Connection: close\r\n"
+            extra_fields += b"Connection: close\r\n"
         elif not http11:
-            more += b"Connection: keep-alive\r\n"
+            extra_fields += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
-        self._answer(head or self._buffer, status, more, answer)
+        self._answer(head or self._buffer, status, extra_fields, answer)
         if self.is_over and (body is None or keep_alive):
             self._linger()
 
-    def _answer(self, head: bytes, status: int, more: bytes, body: bytes) -> None:
-        """Send a response, with more field lines, in one write: two would be two packets."""
+    def _answer(self, head: bytes, status: int, extra_fields: bytes, body: bytes) -> None:
+        """Send a response in one write: two would be two packets."""
         if self._server.verbose:
             # Quoted and cut, as a client can put anything into it.
             line = repr(head.partition(b"\r\n")[0])[1:]  # without the b of b'GET ...'
@@ -619,7 +621,7 @@ class Connection:
         beginning = answer_head(status, int(time.time()))
         length = b"Content-Length: %d\r\n\r\n" % len(body)
         sent_body = b"" if head.startswith(b"HEAD ") else body
-        self._socket.sendall(b"".join((beginning, more, length, sent_body)))
+        self._socket.sendall(b"".join((beginning, extra_fields, length, sent_body)))
 
     def _linger(self) -> None:
         """Let a client that may still be sending read its answer before the connection is closed.
@@ -711,8 +713,8 @@ class Connection:
 class Workers:
     """Threads, and the queue of connections that wait for one.
 
-    A worker that takes a connection starts another worker if none is free, as the acceptor has no
-    time for that; the server starts the first. Idle ones stay: a thousand take 20 MB.
+    The server starts the first worker. A worker that takes a connection starts another one if none
+    is free. For the acceptor, that takes too long. Idle workers stay: a thousand take 20 MB.
     """
 
     # Each client that stalls holds a worker, and each worker takes memory.
@@ -782,11 +784,11 @@ def keep_new_clients_out(listener: socket.socket) -> None:
 class Server(ThreadingHTTPServer):
     """Accepts connections, and gives each to a worker while requests keep coming.
 
-    Of its base class, it uses the listening socket: bind, listen, accept, close. It does not use
-    the loop, which spends a thread on each connection, even an idle one. So shutdown(), which waits
-    for the end of that loop, would wait for ever.
+    Its base class knows how to bind, listen, accept and close. But its serve_forever() spends a
+    thread on each connection, even an idle one, and is never run here. So its shutdown(), which
+    waits for serve_forever() to end, would hang.
 
-    Two kinds of threads meet at the selector, and hold `_lock` while they change it:
+    Two kinds of threads meet at the selector, and hold `_lock` when they do this:
     - A worker registers a connection, which parks it. That is the last thing that it does with the
       connection, as another worker may have it right after that.
     - The acceptor unregisters it: when something has arrived, to give it to a worker; when it has
@@ -804,7 +806,7 @@ class Server(ThreadingHTTPServer):
     IDLE_SECONDS = 120.0
     # The same in a full server. In a burst, a lost packet may be retransmitted only after 6.4 s.
     IDLE_SECONDS_FULL = 10.0
-    # The same in a shutdown, however busy the other connections are.
+    # How many seconds after a stop all parked connections are closed, even if others are busy.
     IDLE_SECONDS_STOPPING = 2.0
     # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
@@ -820,8 +822,8 @@ class Server(ThreadingHTTPServer):
         self.store, self.log, self.verbose = store, log, verbose
         self.workers = Workers(self._serve_or_park)
         self._lock = threading.Lock()
-        # It has the listener and the parked connections, the longest idle first. Epoll and kqueue
-        # see at once what is registered while they wait; others would see it after a tick.
+        # The selector has the listener, then the parked connections, the longest idle first. Epoll
+        # and kqueue see at once what a worker registers while the acceptor waits.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
         # The system hands out the lowest free descriptor: all below the listener's are in use.
@@ -836,7 +838,7 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Have the acceptor end when the last connection is closed."""
-        keep_new_clients_out(self.socket)
+        keep_new_clients_out(self.socket)  # first, so that an empty listen queue stays empty
         self._stopping_since = time.monotonic()
 
     def join(self, until: float) -> bool:
@@ -866,8 +868,8 @@ class Server(ThreadingHTTPServer):
     def _take_turn(self) -> None:
         says_close = self.says_close()
         if says_close:
-            # When full, a client in the listen queue ends each wait of the selector at once. When
-            # stopping, nothing ends it when the last connection is closed. So look regularly.
+            # When full, a client in the listen queue would make each select() return at once. When
+            # stopping, the close of the last connection would not wake it. So poll.
             time.sleep(0.02)
         for key, _ in self._selector.select(0.0 if says_close else TICK):
             if key.data:  # a connection, not the listener
@@ -879,7 +881,7 @@ class Server(ThreadingHTTPServer):
 
     def _accept(self) -> None:
         """Accept the clients in the listen queue. If stopping, close the listener then."""
-        is_stopping = self._stopping_since > 0  # before the last look into the queue
+        is_stopping = self._stopping_since > 0  # asked first: a queue that is empty then stays so
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self.count_connections() >= self._most_connections
@@ -891,11 +893,11 @@ class Server(ThreadingHTTPServer):
                 self._selector.unregister(self.socket)
                 self._is_listening = False
                 self.server_close()
-        except OSError:  # others have used up the descriptors, or this client has given up
-            self._is_full = True
+        except OSError as error:  # others have used up the descriptors, or the client has left
+            self._is_full = error.errno in (errno.EMFILE, errno.ENFILE)
 
     def _unpark(self, connection: Connection) -> None:
-        """Not after its close, when a new connection may have its descriptor."""
+        """Has to precede its close, after which a new connection may have its descriptor."""
         with self._lock:
             self._selector.unregister(connection)
 
@@ -903,12 +905,12 @@ class Server(ThreadingHTTPServer):
         """Return how many seconds a connection may stay parked."""
         if not self._stopping_since:
             return self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
-        # Clients may send on one connection before they read `Connection: close` on another. So
-        # idle ones stay while any is in hand, and until a tick after the last came there.
+        # A client may send on one connection before it reads `Connection: close` on another. So all
+        # stay open while any is in hand, and until a tick after the last was given to a worker.
         quiet_since = max(self.workers.last_given, self._stopping_since)
         is_quiet = not self.workers.in_hand and now - quiet_since >= TICK
         is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
-        return 0.0 if is_quiet or is_late else self.IDLE_SECONDS
+        return 0.0 if is_quiet or is_late else float("inf")
 
     def _close_idle(self) -> None:
         """Close what has been parked for too long, unless something has arrived after all."""
@@ -961,9 +963,9 @@ def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
         snapshot.save(pairs)
     except Exception as error:  # whatever it is, there may be another try
         store.has_changed = True
-        log(f"cannot save: {str(error) or repr(error)}")
+        log("cannot save:", error)
         return False
-    log(f"saved {len(pairs)} pair(s) in {time.monotonic() - begin:.2f} s")
+    log("saved", len(pairs), "pair(s) in", round(time.monotonic() - begin, 2), "s")
     return True
 
 
@@ -985,7 +987,7 @@ def drain(server: Server, save: Callable[[], bool], begin: float, end: float) ->
     """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
     server.stop()
     is_over = server.join(min(time.monotonic() + 1.0, end))
-    # Ctrl-C often comes twice at once, from the terminal and from a program such as npm.
+    # A second Ctrl-C in the first second may be the same, sent by the terminal and by npm.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_over:
@@ -1016,13 +1018,6 @@ def shut_down(server: Server, save: Callable[[], bool], begin: float, seconds: f
 
 # ---- Start: arguments, signals, exit codes ----
 
-# Every signal stops the server but SAVE_SIGNALS, those ignored at the start, and these: signs of a
-# crash, what cannot be waited for or pauses a process, what is ignored by default, on any system.
-NOT_STOPPING = """
-    SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP
-    SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT
-    SIGCHLD SIGINFO SIGURG SIGWINCH
-"""
 EPILOG = """\
 try it in another terminal:
   curl -X PUT -d hello http://127.0.0.1:8080/kv/greeting
@@ -1103,11 +1098,17 @@ def block_signals() -> set[Any]:
     A handler would interrupt the main thread halfway, with a lock in its hand that the shutdown
     then waits for. Threads that are started later inherit this.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it stops the server, even if it was ignored
-    not_stopping = {getattr(signal, name, None) for name in NOT_STOPPING.split()}
-    stops = signal.valid_signals() - not_stopping - SAVE_SIGNALS
-    # Nohup, or a shell that starts us in the background, has some ignored. Python ignores SIGPIPE.
-    stops = {number for number in stops if signal.getsignal(number) != signal.SIG_IGN}
+    # All signals stop the server but these, of which not every system has all.
+    names = (
+        "SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP "  # signs of a crash
+        "SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU "  # cannot be waited for, or pause a process
+        "SIGCONT SIGCHLD SIGINFO SIGURG SIGWINCH"  # ignored by default
+    )
+    not_stopping = {getattr(signal, name, None) for name in names.split()} | SAVE_SIGNALS
+    # Nor those that were ignored at the start, by nohup or by Python, unless it is SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    possible = signal.valid_signals() - not_stopping
+    stops = {number for number in possible if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, stops | SAVE_SIGNALS)
     return stops
 
