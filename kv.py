@@ -1115,11 +1115,11 @@ def block_signals() -> set[Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    doing = f"cannot use the working directory {arguments.working_dir!r}"
+    doing = f"cannot use the working directory {arguments.working_dir!r} (see --working-dir)"
     try:
         snapshot = Snapshot(arguments.working_dir)
         if arguments.dump:
-            doing = f"cannot dump {snapshot.path!r}"
+            doing = f"cannot dump {snapshot.path!r} (a server writes it at SIGUSR1 or at its stop)"
             dump(snapshot)
             return
         stops = block_signals()
