@@ -15,10 +15,10 @@ snapshot in the working directory. The next start reads them. A crash loses what
 the last snapshot. A shutdown has four steps:
 
     Stop    Requests on open connections are still served, new clients are kept out. From now on, an
-            answer says `Connection: close`, unless the client has sent two requests at once.
-    Idle    Idle connections are closed when no client has sent a request for 0.2 s, or after 2 s.
-    Drain   Requests in flight are waited for, until 12 s have passed, four fifths of the default of
-            --graceful-timeout. After the first second, what has changed is saved each second.
+            answer says `Connection: close`, unless the next request has arrived with this one.
+    Idle    Idle connections are closed after 0.2 s without any request, at the latest after 2 s.
+    Drain   Requests in flight are waited for, for at most four fifths of --graceful-timeout, which
+            are 12 s by default. After the first second, what has changed is saved each second.
     Save    Writes are answered 503 now, and the last snapshot is written.
 
 If nobody stalls and the store is small, this takes a third of a second. Exit code 0 means saved.
@@ -78,8 +78,8 @@ class StoreClosed(Exception):
 class Store:
     """A dict of strings that any number of threads may use at once.
 
-    The lock guards the dict. A write that gets the lock before `close` does is part of the last
-    save. A write that gets it afterwards raises StoreClosed. So no acknowledged write is left out.
+    The lock guards the dict. A write that takes the lock before `close` takes it is in the last
+    save. A later one raises StoreClosed. So no acknowledged write is left out.
     """
 
     def __init__(self, pairs: dict[str, str]) -> None:
@@ -121,7 +121,7 @@ class Store:
             self._reserve.clear()
 
     def begin_save(self) -> dict[str, str]:
-        """Return a dict of all pairs that later writes do not touch."""
+        """Return all pairs, in a dict that later writes leave alone."""
         with self._lock:
             self.has_changed = False
             # Writes go on during a save, so it gets a copy, unless the store is closed. To copy the
@@ -133,8 +133,8 @@ class Store:
 #
 # The file is a pickle of the dict, then the SHA-256 digest of that pickle. A crash must not leave
 # half a file. So each save writes a new one, and renames it over the old one when it is complete. A
-# load must not believe a damaged file. And a pickle can name functions for the load to call, which
-# are all refused.
+# load must not believe a damaged file. A pickle can also name functions to be called, and the load
+# refuses all of them.
 
 
 class StringsOnly(pickle.Unpickler):
@@ -159,7 +159,8 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # else it keeps an index of all strings, a third of the store's size
         pickler.dump(pairs)
-        file.write(digest(file, file.tell()))  # read back, as a pickler does not hash
+        # A pickler cannot hash what it writes, so the file is read back.
+        file.write(digest(file, file.tell()))
         file.flush()
         os.fsync(file.fileno())
 
@@ -181,7 +182,7 @@ def read_pairs(path: str) -> dict[str, str]:
             pairs: dict[str, str] = StringsOnly(file).load()
             for texts in (pairs.keys(), pairs.values()):
                 for text in texts:
-                    str.encode(text)  # fails for what is no string, or has no form in UTF-8
+                    str.encode(text)  # raises for anything but a str, and for half a surrogate pair
             if file.tell() != size:
                 raise ValueError("something stands behind the pickle")
         except (MemoryError, OSError):
@@ -195,8 +196,8 @@ class Snapshot:
     """The snapshot in a working directory."""
 
     def __init__(self, directory: str) -> None:
-        # Absolute: when a network share is mounted anew, `.` stays with the old mount. Not by
-        # abspath(), which takes `link/..` for `.`; the system follows the link first.
+        # Absolute: when a network share is mounted anew, `.` still means the old mount. abspath()
+        # would cancel `link/..` as text, but the system follows the link.
         self._directory = str(pathlib.Path(directory).absolute())
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
@@ -247,15 +248,15 @@ class Snapshot:
 
 
 class Log:
-    """Lines on stderr. If nobody reads them, so that a write would wait, a line is dropped.
+    """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
 
-    `select` sees whether there is room, and the lock keeps other threads from taking it.
+    `select` says whether there is room. The lock keeps other threads from using that room first.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptor = 2
-        with contextlib.suppress(OSError):  # no terminal
+        with contextlib.suppress(OSError):  # no terminal, or one that we may not open
             # A terminal may have room for a part of a line only, and a write would wait for more.
             # Opened anew, because O_NONBLOCK on descriptor 2 would apply to the shell, too.
             self._descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -284,9 +285,9 @@ class Log:
 
 # The largest value, in bytes. Receiving a value takes several times its size in memory.
 MAX_VALUE = 10 * 1024 * 1024
-# The request line and the field lines together, in bytes, and how many field lines. Browsers with
-# all their cookies stay under 16 KiB and 50 lines.
-MAX_HEAD, MAX_FIELDS = 32 * 1024, 100
+# The request line and the field lines together, or a line of a chunked body, in bytes. Browsers
+# with all their cookies stay under 16 KiB.
+MAX_HEAD = 32 * 1024
 
 TOKEN = rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110 5.6.2
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*"  # no control characters but tabs: RFC 9110 5.5
@@ -295,10 +296,10 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# kv or [::1], which have neither a dot nor its code %2e; 127.0.0.1; localhost. or a.localhost.
+# Names without a dot, such as kv (%2e counts as a dot); 127.0.0.1; [::1]; localhost or a.localhost.
 # Other names are refused because of DNS rebinding: a page from a.example can make that name resolve
 # to 127.0.0.1, and then the browser treats this server as the page's own.
-LOCAL_HOST = re.compile(rb"(?i)(?:[^.%]*|[0-9.]+|(?:.*\.)?localhost\.?)" + PORT)
+LOCAL_HOST = re.compile(rb"(?i)(?:[^.%]*|[0-9.]+|\[.*\]|(?:.*\.)?localhost\.?)" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 # http://localhost:8080/kv/a, as a proxy may send it: RFC 9112 3.2.2
@@ -344,7 +345,7 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
     return match[1].lower(), match[2].strip(b" \t")
 
 
-def members(values: dict[bytes, list[bytes]], name: bytes) -> set[bytes]:
+def listed(values: dict[bytes, list[bytes]], name: bytes) -> set[bytes]:
     """Return what a field lists, separated by commas, perhaps on several lines: RFC 9110 5.6.1."""
     joined = b",".join(values.get(name, [])).lower()
     return {member.strip(b" \t") for member in joined.split(b",")} - {b""}
@@ -357,7 +358,7 @@ class Fields(NamedTuple):
     chunked: bool
     keep_alive: bool
     expects_continue: bool
-    # A status and a text. Raised only after the body is read, so that the connection can go on.
+    # A status and a text. Raised when the body has been read, so that the connection can go on.
     refusal: tuple[int, str] | None
 
 
@@ -369,8 +370,6 @@ def parse_fields(
 ) -> Fields:
     """Decide from the field lines where the body ends, and whether the request is refused."""
     lines = block.split(b"\r\n") if block else []
-    if len(lines) > MAX_FIELDS:
-        raise Refusal(431, "too many field lines")
     values: dict[bytes, list[bytes]] = {}
     for name, value in map(parse_field, lines):
         values.setdefault(name, []).append(value)
@@ -393,9 +392,9 @@ def parse_fields(
     if int(lengths[0]) > MAX_VALUE:
         raise Refusal(413, "value too large")
 
-    connection = members(values, b"connection")  # RFC 9112 9.3
+    connection = listed(values, b"connection")  # RFC 9112 9.3
     keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
-    expects_continue = http11 and b"100-continue" in members(values, b"expect")
+    expects_continue = http11 and b"100-continue" in listed(values, b"expect")
     refusal = None
     if is_local and not LOCAL_HOST.fullmatch(target_host or host):  # RFC 9110 15.5.20
         refusal = 421, "misdirected request: here the host is localhost or an IP address"
@@ -405,14 +404,14 @@ def parse_fields(
 
 
 def refuse_write(values: dict[bytes, list[bytes]]) -> tuple[int, str] | None:
-    """Return a refusal if a field would change what a write means: no such field is supported."""
+    """Return a refusal if a write has a field that would change what it means."""
     if b"content-range" in values:  # the body is a part of the value: RFC 9110 14.5
         return 400, "Content-Range is not supported: send the whole value"
     if values.keys() & {b"if-match", b"if-none-match", b"if-unmodified-since"}:  # RFC 9110 13.1
         return 501, "conditional writes are not supported: there are no entity tags here"
-    if members(values, b"content-encoding") - {b"identity"}:  # RFC 9110 8.4
+    if listed(values, b"content-encoding") - {b"identity"}:  # RFC 9110 8.4
         return 415, "Content-Encoding is not supported: send the value as it is"
-    for value in members(values, b"content-type"):  # RFC 9110 8.3.2
+    for value in listed(values, b"content-type"):  # RFC 9110 8.3.2
         charset = CHARSET.search(value)
         if charset and charset[1] not in (b"utf-8", b"us-ascii"):
             return 415, "a value is UTF-8 text, not of another charset"
@@ -431,7 +430,7 @@ def answer_head(status: int, second: int) -> bytes:
     ).encode()
 
 
-# ---- API: what a request does to the store, and what it is answered ----
+# ---- API: what a request does to the store, and how it is answered ----
 #
 # These functions return the body of an answer with the status 200, or raise a Refusal whose text is
 # the body. Other parts refuse a request with
@@ -497,10 +496,11 @@ def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
         raise Refusal(404, "not found; try /health or /kv/KEY")
     if method not in functions:
         raise Refusal(405, "method not allowed", f"Allow: {', '.join(functions)}\r\n".encode())
-    if path == "/kv/" and not key:
-        raise Refusal(400, "key cannot be empty")
-    if path == "/kv/" and not KEY.fullmatch(key):
-        raise Refusal(400, "key contains invalid characters; valid are A-Z a-z 0-9 : _ . -")
+    if path == "/kv/":
+        if not key:
+            raise Refusal(400, "key cannot be empty")
+        if not KEY.fullmatch(key):
+            raise Refusal(400, "key contains invalid characters; valid are A-Z a-z 0-9 : _ . -")
     return functions[method](store, key, body)
 
 
@@ -512,12 +512,12 @@ def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
 # those that are idle for too long. Workers serve requests. The server knows what one connection
 # does not: whether answers say `Connection: close`, and whether others wait for a worker.
 
-# How many seconds a worker waits for the next request before it parks a connection, and the unit of
-# other short waits. A busy client sends its next request within that time, which saves a hand-over
-# between threads. A longer time would tie up workers for idle clients.
+# How many seconds a worker waits for the next request before it parks a connection. A busy client
+# sends it within that time, which saves a hand-over between threads. A longer time would tie up
+# workers for idle clients. Other short waits are as long.
 TICK = 0.2
-# How many seconds a small request may take, and how long a client may read nothing of its answer. A
-# shorter time would fail slow networks, a longer one would give workers to stalled clients.
+# How many seconds a small request may take, and how long a client may leave its answer unread. A
+# shorter time fails slow networks, a longer one lets stalled clients hold workers.
 STALL_SECONDS = 15.0
 # How many bytes are received at once. Each worker that waits has that much memory allocated.
 RECEIVE_SIZE = 16 * 1024
@@ -626,8 +626,8 @@ class Connection:
     def _linger(self) -> None:
         """Let a client that may still be sending read its answer before the connection is closed.
 
-        RFC 9112 9.6: closing with unread input sends a reset, which can overtake the answer. So
-        half-close, and throw away what comes until the client closes or pauses, for 5 s at most.
+        RFC 9112 9.6: closing with unread input sends a reset, and the client may see that before
+        the answer. So half-close, and throw away what comes until it closes or pauses, 5 s at most.
         """
         self._socket.shutdown(socket.SHUT_WR)
         end = time.monotonic() + 5.0
@@ -676,7 +676,7 @@ class Connection:
             body += self._read(size)
             if self._read_until(b"\r\n"):
                 raise Refusal(400, "malformed chunk")
-        for _ in range(MAX_FIELDS + 1):
+        for _ in range(101):  # not without end
             line = self._read_until(b"\r\n")
             if not line:
                 return bytes(body)
@@ -699,8 +699,8 @@ class Connection:
                 continue
             if not received:
                 raise ConnectionAbortedError("the request breaks off")
-            # Each KiB moves the deadline by a second, as what is large takes longer, but never
-            # further than STALL_SECONDS from now.
+            # Each KiB adds a second, as large bodies take longer. But the deadline is never more
+            # than STALL_SECONDS away.
             later = self._deadline + len(received) / 1024
             self._deadline = min(later, time.monotonic() + STALL_SECONDS)
             return received
@@ -714,10 +714,10 @@ class Workers:
     """Threads, and the queue of connections that wait for one.
 
     The server starts the first worker. A worker that takes a connection starts another one if none
-    is free. For the acceptor, that takes too long. Idle workers stay: a thousand take 20 MB.
+    is free, because that would hold up the acceptor. Idle ones stay: a thousand take 20 MB.
     """
 
-    # Each client that stalls holds a worker, and each worker takes memory.
+    # With fewer, fewer stalled clients would hold all workers. More would take more memory.
     MOST_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
@@ -761,10 +761,10 @@ class Workers:
 
 
 def keep_new_clients_out(listener: socket.socket) -> None:
-    """Let no more clients into the listen queue; those that are in it stay.
+    """Let no more clients into the listen queue. Those that are in it stay.
 
-    Otherwise the queue might never be empty, because a client that has read `Connection: close`
-    connects again. And a client that comes between the last accept and the close would be reset.
+    A client that has read `Connection: close` connects again, so the queue might never be empty.
+    And a client that arrives between the last accept and the close would be reset.
     """
     # A program for the kernel, which drops each packet that asks for a connection.
     lines = (
@@ -774,9 +774,9 @@ def keep_new_clients_out(listener: socket.socket) -> None:
         (0x06, 0, 0, 0),  # keep nothing of it
     )
     program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
-    pointer = struct.pack("HL", len(lines), program.buffer_info()[0])  # the length and the address
+    sock_fprog = struct.pack("HL", len(lines), program.buffer_info()[0])  # length and address
     try:
-        listener.setsockopt(socket.SOL_SOCKET, 26, pointer)  # SO_ATTACH_FILTER
+        listener.setsockopt(socket.SOL_SOCKET, 26, sock_fprog)  # SO_ATTACH_FILTER
     except OSError:  # not on Linux, or in a sandbox: at least, make the queue short
         listener.listen(0)
 
@@ -785,14 +785,14 @@ class Server(ThreadingHTTPServer):
     """Accepts connections, and gives each to a worker while requests keep coming.
 
     Its base class knows how to bind, listen, accept and close. But its serve_forever() spends a
-    thread on each connection, even an idle one, and is never run here. So its shutdown(), which
-    waits for serve_forever() to end, would hang.
+    thread on each connection, even an idle one, and is never called here. So shutdown(), which
+    waits for what only serve_forever() sets at its end, would wait for ever.
 
     Two kinds of threads meet at the selector, and hold `_lock` when they do this:
-    - A worker registers a connection, which parks it. That is the last thing that it does with the
-      connection, as another worker may have it right after that.
+    - A worker registers a connection, which parks it. After that, the worker must not touch it, as
+      another worker may already have it.
     - The acceptor unregisters it: when something has arrived, to give it to a worker; when it has
-      been idle for too long, to close it, after a last look that nothing has arrived.
+      been idle for too long, to close it, if nothing has arrived after all.
     """
 
     allow_reuse_port = False  # or some releases of Python share the port with another server
@@ -826,7 +826,7 @@ class Server(ThreadingHTTPServer):
         # and kqueue see at once what a worker registers while the acceptor waits.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free descriptor: all below the listener's are in use.
+        # The system hands out the lowest free descriptor. So those above the listener's are free.
         free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
         self._most_connections = max(1, free - self.RESERVED_DESCRIPTORS)
         self._is_full = False
@@ -851,8 +851,8 @@ class Server(ThreadingHTTPServer):
         return self._is_full or self._stopping_since > 0
 
     def count_connections(self) -> int:
-        # A worker parks a connection, and then takes it out of in_hand. So if the acceptor asks in
-        # this order, it may count one twice, but misses none.
+        # In_hand first: a worker parks a connection, and then takes it out of in_hand. So the
+        # acceptor may count one twice, but misses none.
         in_hand = self.workers.in_hand
         return in_hand + len(self._selector.get_map()) - self._is_listening
 
@@ -868,8 +868,8 @@ class Server(ThreadingHTTPServer):
     def _take_turn(self) -> None:
         says_close = self.says_close()
         if says_close:
-            # When full, a client in the listen queue would make each select() return at once. When
-            # stopping, the close of the last connection would not wake it. So poll.
+            # When full, a client in the listen queue makes each select() return at once. When
+            # stopping, nothing wakes select() after the last close. So poll.
             time.sleep(0.02)
         for key, _ in self._selector.select(0.0 if says_close else TICK):
             if key.data:  # a connection, not the listener
@@ -881,7 +881,7 @@ class Server(ThreadingHTTPServer):
 
     def _accept(self) -> None:
         """Accept the clients in the listen queue. If stopping, close the listener then."""
-        is_stopping = self._stopping_since > 0  # asked first: a queue that is empty then stays so
+        is_stopping = self._stopping_since > 0  # asked first: then, an empty queue stays empty
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self.count_connections() >= self._most_connections
@@ -897,7 +897,7 @@ class Server(ThreadingHTTPServer):
             self._is_full = error.errno in (errno.EMFILE, errno.ENFILE)
 
     def _unpark(self, connection: Connection) -> None:
-        """Has to precede its close, after which a new connection may have its descriptor."""
+        """Take it out of the selector: before its close, as its descriptor may be used again."""
         with self._lock:
             self._selector.unregister(connection)
 
@@ -905,8 +905,8 @@ class Server(ThreadingHTTPServer):
         """Return how many seconds a connection may stay parked."""
         if not self._stopping_since:
             return self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
-        # A client may send on one connection before it reads `Connection: close` on another. So all
-        # stay open while any is in hand, and until a tick after the last was given to a worker.
+        # A client may send on one connection before it reads `Connection: close` on another. So
+        # none is closed while any is in hand, nor within a tick after one was given to a worker.
         quiet_since = max(self.workers.last_given, self._stopping_since)
         is_quiet = not self.workers.in_hand and now - quiet_since >= TICK
         is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
@@ -979,7 +979,7 @@ def wait_for_stop(store: Store, save: Callable[[], bool], stops: set[Any]) -> tu
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stops:
-            # It came during the save, and nobody knows when. So count from the save's beginning.
+            # The stop came during the save, at an unknown moment. So count from before the save.
             return signal.sigwait(stops), begin
 
 
@@ -987,7 +987,7 @@ def drain(server: Server, save: Callable[[], bool], begin: float, end: float) ->
     """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
     server.stop()
     is_over = server.join(min(time.monotonic() + 1.0, end))
-    # A second Ctrl-C in the first second may be the same, sent by the terminal and by npm.
+    # Ctrl-C under npm arrives twice, from the terminal and from npm. So ignore repeats for 1 s.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_over:
@@ -1095,17 +1095,17 @@ def dump(snapshot: Snapshot) -> None:
 def block_signals() -> set[Any]:
     """Have the signals that stop or save wait until they are asked for; return those that stop.
 
-    A handler would interrupt the main thread halfway, with a lock in its hand that the shutdown
-    then waits for. Threads that are started later inherit this.
+    A handler could run while the main thread holds a lock that the shutdown needs. Threads that
+    are started later inherit this.
     """
-    # All signals stop the server but these, of which not every system has all.
+    # Every signal stops the server except these. Some exist only on some systems.
     names = (
         "SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP "  # signs of a crash
         "SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU "  # cannot be waited for, or pause a process
         "SIGCONT SIGCHLD SIGINFO SIGURG SIGWINCH"  # ignored by default
     )
     not_stopping = {getattr(signal, name, None) for name in names.split()} | SAVE_SIGNALS
-    # Nor those that were ignored at the start, by nohup or by Python, unless it is SIGTERM.
+    # What nohup or Python ignores stays ignored. SIGTERM does not, as supervisors rely on it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     possible = signal.valid_signals() - not_stopping
     stops = {number for number in possible if signal.getsignal(number) != signal.SIG_IGN}
