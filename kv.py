@@ -248,10 +248,7 @@ class Snapshot:
 
 
 class Log:
-    """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
-
-    `select` says whether there is room. The lock keeps other threads from using that room first.
-    """
+    """Lines on stderr. If nobody reads them, a line is dropped rather than waited for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -264,6 +261,7 @@ class Log:
     def __call__(self, *parts: object) -> None:
         if sys.stderr is None:  # it was closed at the start, and 2 may be another file by now
             return
+        # The lock keeps other threads from using the room that select sees.
         with self._lock, contextlib.suppress(Exception):  # no reader is left, or no memory
             message = " ".join(str(part) or repr(part) for part in ("kv.py:", *parts))
             line = message.encode(errors="backslashreplace")
@@ -296,10 +294,13 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# Names without a dot, such as kv (%2e counts as a dot); 127.0.0.1; [::1]; localhost or a.localhost.
-# Other names are refused because of DNS rebinding: a page from a.example can make that name resolve
-# to 127.0.0.1, and then the browser treats this server as the page's own.
-LOCAL_HOST = re.compile(rb"(?i)(?:[^.%]*|[0-9.]+|\[.*\]|(?:.*\.)?localhost\.?)" + PORT)
+# Names that no stranger can own. Others are refused because of DNS rebinding: a page from a.example
+# can make that name resolve to 127.0.0.1, and the browser treats this server as the page's own.
+LOCAL_HOST = re.compile(
+    rb"(?i)(?:[^.%]*"  # localhost or kv: without a dot, of which %2e is the code
+    rb"|[0-9.]+|\[.*\]"  # 127.0.0.1, [::1]
+    rb"|(?:.*\.)?localhost\.?)" + PORT  # a.localhost, localhost.
+)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 # http://localhost:8080/kv/a, as a proxy may send it: RFC 9112 3.2.2
@@ -598,18 +599,18 @@ class Connection:
             extra_fields = refusal.field
         except StoreClosed:
             status, answer = 503, b"shutting down\n"
-        self.is_over = (
-            body is None  # nobody knows where this request ends, and the next one starts
-            or not keep_alive  # the client sends nothing more
-            or (self._server.says_close() and not self.has_begun_request())
-        )
+        # If the body's end was not found, nobody knows where the next request starts. Otherwise, a
+        # client that says `Connection: close` sends nothing more.
+        may_send_more = body is None or keep_alive
+        wants_to_close = self._server.says_close() and not self.has_begun_request()
+        self.is_over = body is None or not keep_alive or wants_to_close
         if self.is_over:
             extra_fields += b"Connection: close\r\n"
         elif not http11:
             extra_fields += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, answer)
-        if self.is_over and (body is None or keep_alive):
+        if self.is_over and may_send_more:
             self._linger()
 
     def _answer(self, head: bytes, status: int, extra_fields: bytes, body: bytes) -> None:
@@ -624,10 +625,9 @@ class Connection:
         self._socket.sendall(b"".join((beginning, extra_fields, length, sent_body)))
 
     def _linger(self) -> None:
-        """Let a client that may still be sending read its answer before the connection is closed.
+        """Half-close, and throw away what comes until the client closes or pauses, 5 s at most.
 
-        RFC 9112 9.6: closing with unread input sends a reset, and the client may see that before
-        the answer. So half-close, and throw away what comes until it closes or pauses, 5 s at most.
+        Closing with unread input sends a reset, which can reach the client first: RFC 9112 9.6.
         """
         self._socket.shutdown(socket.SHUT_WR)
         end = time.monotonic() + 5.0
@@ -724,6 +724,7 @@ class Workers:
         self._serve = serve
         self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._lock = threading.Lock()  # for the numbers
+        # Fewer threads than connections in hand: some wait. As many: none waits, none is free.
         self._threads = 0
         self.in_hand = 0  # connections that are in the queue, or that a worker has
         self.last_given = 0.0  # when, on the monotonic clock
@@ -735,12 +736,11 @@ class Workers:
             self.last_given = time.monotonic()
 
     def is_anybody_waiting(self) -> bool:
-        """Whether there are more connections in hand than threads, so that some are queued."""
-        return self.in_hand > self._threads
+        return self._threads < self.in_hand
 
     def start_one_if_none_is_free(self) -> None:
         with self._lock:
-            if self.in_hand >= self._threads and self._threads < self.MOST_THREADS:
+            if self._threads <= self.in_hand and self._threads < self.MOST_THREADS:
                 # Not by Thread.start(), which waits until the new thread has begun to run.
                 _thread.start_new_thread(self._work, ())
                 self._threads += 1
@@ -784,9 +784,9 @@ def keep_new_clients_out(listener: socket.socket) -> None:
 class Server(ThreadingHTTPServer):
     """Accepts connections, and gives each to a worker while requests keep coming.
 
-    Its base class knows how to bind, listen, accept and close. But its serve_forever() spends a
-    thread on each connection, even an idle one, and is never called here. So shutdown(), which
-    waits for what only serve_forever() sets at its end, would wait for ever.
+    Most first versions are a ThreadingHTTPServer. This one keeps how that class binds, listens,
+    accepts and closes. It never calls serve_forever(), which spends a thread on each connection,
+    even an idle one. So shutdown(), which waits for the end of that, would wait for ever.
 
     Two kinds of threads meet at the selector, and hold `_lock` when they do this:
     - A worker registers a connection, which parks it. After that, the worker must not touch it, as
