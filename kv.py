@@ -1119,7 +1119,7 @@ def main() -> None:
     try:
         snapshot = Snapshot(arguments.working_dir)
         if arguments.dump:
-            doing = f"cannot dump {snapshot.path!r} (a server writes it at SIGUSR1 or at its stop)"
+            doing = f"cannot dump {snapshot.path!r}, which a server writes at SIGUSR1 or its stop"
             dump(snapshot)
             return
         stops = block_signals()

@@ -3068,6 +3068,8 @@ def main() -> int:
         outcomes = check_program(program, words)
         if not outcomes:
             print("no check has all of these words in its name:", *words)
+            every = [*vars(AskedForTest), *vars(BeyondTest)]
+            print(*(name[5:] for name in every if name.startswith("test_")), sep="\n")
             return 2
         # What was named has to hold, or else what is asked for.
         names = outcomes if words else [name for name in outcomes if hasattr(AskedForTest, name)]
