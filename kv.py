@@ -17,8 +17,8 @@ the last snapshot. A shutdown has four steps:
     Stop    Requests on open connections are still served, new clients are kept out. From now on, an
             answer says `Connection: close`, unless the next request has arrived with this one.
     Idle    Idle connections are closed after 0.2 s without any request, at the latest after 2 s.
-    Drain   Requests in flight are waited for, for at most four fifths of --graceful-timeout, which
-            are 12 s by default. After the first second, what has changed is saved each second.
+    Drain   Requests in flight are waited for, for at most four fifths of --graceful-timeout (12 s
+            of 15 s by default). After the first second, what has changed is saved each second.
     Save    Writes are answered 503 now, and the last snapshot is written.
 
 If nobody stalls and the store is small, this takes a third of a second. Exit code 0 means saved.
@@ -717,7 +717,7 @@ class Workers:
     is free, because that would hold up the acceptor. Idle ones stay: a thousand take 20 MB.
     """
 
-    # With fewer, fewer stalled clients would hold all workers. More would take more memory.
+    # Fewer would be used up by fewer stalled clients. More would take more memory.
     MOST_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
@@ -784,9 +784,9 @@ def keep_new_clients_out(listener: socket.socket) -> None:
 class Server(ThreadingHTTPServer):
     """Accepts connections, and gives each to a worker while requests keep coming.
 
-    Most first versions are a ThreadingHTTPServer. This one keeps how that class binds, listens,
+    Most people's first server is a ThreadingHTTPServer. This one keeps how that class listens,
     accepts and closes. It never calls serve_forever(), which spends a thread on each connection,
-    even an idle one. So shutdown(), which waits for the end of that, would wait for ever.
+    even an idle one. So shutdown(), which waits for serve_forever() to end, would wait for ever.
 
     Two kinds of threads meet at the selector, and hold `_lock` when they do this:
     - A worker registers a connection, which parks it. After that, the worker must not touch it, as
@@ -826,7 +826,7 @@ class Server(ThreadingHTTPServer):
         # and kqueue see at once what a worker registers while the acceptor waits.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free descriptor. So those above the listener's are free.
+        # The system hands out the lowest free descriptor. So those below the listener's are in use.
         free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
         self._most_connections = max(1, free - self.RESERVED_DESCRIPTORS)
         self._is_full = False
@@ -842,7 +842,7 @@ class Server(ThreadingHTTPServer):
         self._stopping_since = time.monotonic()
 
     def join(self, until: float) -> bool:
-        """Wait until then for the last connection to close; return whether it has."""
+        """Wait for the last connection to close, until that time at most; return whether it has."""
         self._acceptor.join(max(0.0, until - time.monotonic()))
         return not self._acceptor.is_alive()
 
@@ -970,7 +970,7 @@ def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
 
 
 def wait_for_stop(store: Store, save: Callable[[], bool], stops: set[Any]) -> tuple[Any, float]:
-    """Save at each signal for that; return which one stops the server, and when its time began."""
+    """Save at SAVE_SIGNALS; return the signal that stops the server, and when its time began."""
     while True:
         received = signal.sigwait(stops | SAVE_SIGNALS)
         begin = time.monotonic()
@@ -1095,8 +1095,8 @@ def dump(snapshot: Snapshot) -> None:
 def block_signals() -> set[Any]:
     """Have the signals that stop or save wait until they are asked for; return those that stop.
 
-    A handler could run while the main thread holds a lock that the shutdown needs. Threads that
-    are started later inherit this.
+    A handler runs in the main thread, perhaps while that holds a lock that the shutdown needs.
+    Threads that are started later inherit the mask.
     """
     # Every signal stops the server except these. Some exist only on some systems.
     names = (
