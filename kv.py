@@ -186,7 +186,7 @@ def read_pairs(path: str) -> dict[str, str]:
             if file.tell() != size:
                 raise ValueError("something stands behind the pickle")
         except (MemoryError, OSError):
-            raise
+            raise  # the file may be good
         except Exception as error:  # the pickle module does not promise which
             raise ValueError(f"not a dict of UTF-8 strings: {error}") from error
     return pairs
@@ -223,7 +223,7 @@ class Snapshot:
             return {}
 
     def save(self, pairs: dict[str, str]) -> None:
-        """Replace the snapshot, whole or not at all. Raises OSError or MemoryError."""
+        """Replace the snapshot as a whole. Raises OSError or MemoryError."""
         # The content has to reach the disk before the name. Otherwise a power failure in between
         # could leave an empty file of that name.
         write_pairs(self._temporary, pairs)
@@ -237,7 +237,7 @@ class Snapshot:
         try:
             os.fsync(directory)
         except OSError as error:
-            # CIFS and shared folders of virtual machines cannot do that, and need not.
+            # CIFS and shared folders of virtual machines cannot: no more can be asked of them.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -676,7 +676,7 @@ class Connection:
             body += self._read(size)
             if self._read_until(b"\r\n"):
                 raise Refusal(400, "malformed chunk")
-        for _ in range(101):  # not without end
+        for _ in range(101):  # a hundred fields and the empty line: not without end
             line = self._read_until(b"\r\n")
             if not line:
                 return bytes(body)
@@ -1101,8 +1101,8 @@ def block_signals() -> set[Any]:
     # Every signal stops the server except these. Some exist only on some systems.
     names = (
         "SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP "  # signs of a crash
-        "SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU "  # cannot be waited for, or pause a process
-        "SIGCONT SIGCHLD SIGINFO SIGURG SIGWINCH"  # ignored by default
+        "SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT "  # cannot be waited for, pause, continue
+        "SIGCHLD SIGINFO SIGURG SIGWINCH"  # ignored by default
     )
     not_stopping = {getattr(signal, name, None) for name in names.split()} | SAVE_SIGNALS
     # What nohup or Python ignores stays ignored. SIGTERM does not, as supervisors rely on it.

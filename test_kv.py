@@ -763,7 +763,7 @@ class BeyondTest(ProgramTest):
                 self.assertEqual(
                     program.read(keys), {k: expected[k] for k in keys if k in expected}
                 )
-            self.assertEqual(program.stop(), 0)
+            self.check_stops(program)
 
     def test_slow_upload_that_ends_after_sigterm(self) -> None:
         """A write that was acknowledged while the program stops is saved."""
@@ -825,7 +825,7 @@ class BeyondTest(ProgramTest):
     def test_disk_full_at_the_stop_is_no_success_and_keeps_the_old_state(self) -> None:
         program = self.launch()
         program.request("PUT", "/kv/old", b"1")
-        self.assertEqual(program.stop(), 0)
+        self.check_stops(program)
         program = self.launch(preexec_fn=limited("FSIZE", 50_000))  # bytes in a file
         self.check(program.request("PUT", "/kv/large", b"x" * 100_000), 200)
         program.send_signal()
@@ -871,7 +871,7 @@ class BeyondTest(ProgramTest):
         for value in (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"ok \xe4 ok"):
             self.assertEqual(program.request("PUT", "/kv/a", value).status, 400)
         self.assertEqual(program.get("a"), None)
-        self.assertEqual(program.stop(), 0)
+        self.check_stops(program)
 
     def test_name_that_is_not_this_machines(self) -> None:
         """A web page can have its own name lead to 127.0.0.1: DNS rebinding."""
@@ -989,8 +989,12 @@ def check(program: str, class_name: str, name: str, seconds: float) -> None:
     print(verdict.reason)
 
 
+def tests_of(class_: type) -> list[str]:
+    return [name for name in vars(class_) if name.startswith("test_")]
+
+
 def is_burst(name: str) -> bool:
-    """Whether a test needs the machine: two bursts at once lose packets, which are sent again."""
+    """Whether a test has 10,000 clients at once, and so must not run beside another such test."""
     return "10_000" in name
 
 
@@ -1019,8 +1023,8 @@ def check_program(program: str, words: list[str]) -> dict[str, bool]:
         runs = {
             kind: {
                 name: (one_by_one if is_burst(name) else pool).submit(run, class_, name)
-                for name in vars(class_)
-                if name.startswith("test_") and all(word.lower() in name for word in words)
+                for name in tests_of(class_)
+                if all(word.lower() in name for word in words)
             }
             for kind, class_ in kinds.items()
         }
@@ -1050,7 +1054,7 @@ class FirstVersionTest(unittest.TestCase):
 
     FAILS: ClassVar = {
         "test_10_000_puts_at_once_of_a_pool_are_there_after_a_restart",
-        *(name for name in vars(BeyondTest) if name.startswith("test_")),
+        *tests_of(BeyondTest),
     }
 
     def test_it_fails_what_it_must_and_nothing_else(self) -> None:
@@ -2701,8 +2705,8 @@ class ReadmeTest(KVTest):
         self.assertGreater(len(names), 10)
         for name, method in names:
             self.assertTrue(hasattr(globals()[name], method or "setUp"), f"{name} {method}")
-        for name in vars(BeyondTest):
-            self.assertTrue(not name.startswith("test_") or f".{name}" in self.README, name)
+        for name in tests_of(BeyondTest):
+            self.assertIn(f".{name}", self.README)
 
     @unittest.skipUnless(found("curl"), "needs curl")
     def test_hello(self) -> None:
@@ -3020,7 +3024,7 @@ def run_all() -> bool:
     names: list[str] = []
     for name in globals():
         if name in ("AskedForTest", "BeyondTest", "ShutdownTest"):  # each test, as they take long
-            names += [f"{name}.{test}" for test in vars(globals()[name]) if test.startswith("test")]
+            names += [f"{name}.{test}" for test in tests_of(globals()[name])]
         elif name.endswith("Test") and name not in ("KVTest", "ProgramTest"):
             names.append(name)
     bursts = list(filter(is_burst, names))
@@ -3068,8 +3072,8 @@ def main() -> int:
         outcomes = check_program(program, words)
         if not outcomes:
             print("no check has all of these words in its name:", *words)
-            every = [*vars(AskedForTest), *vars(BeyondTest)]
-            print(*(name[5:] for name in every if name.startswith("test_")), sep="\n")
+            every = tests_of(AskedForTest) + tests_of(BeyondTest)
+            print(*(name[len("test_") :] for name in every), sep="\n")
             return 2
         # What was named has to hold, or else what is asked for.
         names = outcomes if words else [name for name in outcomes if hasattr(AskedForTest, name)]
