@@ -10,20 +10,21 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte.
     DELETE /clear      remove every key
     GET    /health     "ok"
 
-All pairs live in memory. SIGTERM, Ctrl-C and the like begin a shutdown, which writes the pairs to a
-snapshot in the working directory. The next start reads them. A crash loses what was written since
-the last snapshot. A shutdown has four steps:
+All pairs live in memory. A signal such as SIGTERM or Ctrl-C begins a shutdown, which writes them to
+a snapshot in the working directory. The next start reads the snapshot. A crash loses what was
+written since the last snapshot. A shutdown has four steps:
 
-    Stop    Requests on open connections are still served, new clients are kept out. From now on, an
-            answer says `Connection: close`, unless the next request has arrived with this one.
-    Idle    Idle connections are closed after 0.2 s without any request, at the latest after 2 s.
+    Stop    New clients are kept out, those in the listen queue are accepted. From now on, an answer
+            says `Connection: close`, unless the next request has already arrived.
+    Idle    Idle connections are closed once no request has begun or ended for 0.2 s, but after 2 s
+            in any case. A request that arrives before its connection is closed is served.
     Drain   Requests in flight are waited for, for at most four fifths of --graceful-timeout (12 s
-            of 15 s by default). After the first second, what has changed is saved each second.
-    Save    Writes are answered 503 now, and the last snapshot is written.
+            of 15 s by default). After the first second, changes are saved every second.
+    Save    Writes are answered 503, and the last snapshot is written.
 
-If nobody stalls and the store is small, this takes a third of a second. Exit code 0 means saved.
+If no client stalls and the store is small, this takes a third of a second. Exit code 0 means saved.
 
-The file reads from the inside out. Each part uses only earlier ones, except that a connection also
+The file reads from the inside out: each part uses only earlier ones, except that a connection also
 asks its server. Persistence is in three parts: store, snapshot and shutdown.
 """
 
@@ -31,7 +32,6 @@ from __future__ import annotations
 
 import _thread
 import argparse
-import array
 import contextlib
 import errno
 import fcntl
@@ -39,7 +39,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import pickle
 import queue
 import random
@@ -124,8 +123,8 @@ class Store:
         """Return all pairs, in a dict that later writes leave alone."""
         with self._lock:
             self.has_changed = False
-            # Writes go on during a save, so it gets a copy, unless the store is closed. To copy the
-            # dict, not its strings, takes 30 ms for a million pairs.
+            # Writes go on during a save, so the save gets a copy. (A copy shares the strings: 30 ms
+            # for a million pairs.) After `close`, there are no writes.
             return self._pairs if self._closed else self._pairs.copy()
 
 
@@ -137,7 +136,7 @@ class Store:
 # refuses all of them.
 
 
-class StringsOnly(pickle.Unpickler):
+class NoFunctions(pickle.Unpickler):
     """An unpickler that gives a pickle no function to call."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
@@ -179,7 +178,7 @@ def read_pairs(path: str) -> dict[str, str]:
             raise ValueError("truncated or altered: its checksum does not match")
         file.seek(0)
         try:
-            pairs: dict[str, str] = StringsOnly(file).load()
+            pairs: dict[str, str] = NoFunctions(file).load()
             for texts in (pairs.keys(), pairs.values()):
                 for text in texts:
                     str.encode(text)  # raises for anything but a str, and for half a surrogate pair
@@ -196,9 +195,8 @@ class Snapshot:
     """The snapshot in a working directory."""
 
     def __init__(self, directory: str) -> None:
-        # Absolute: when a network share is mounted anew, `.` still means the old mount. abspath()
-        # would cancel `link/..` as text, but the system follows the link.
-        self._directory = str(pathlib.Path(directory).absolute())
+        # The whole path: when a network share is mounted anew, `.` still means the old mount.
+        self._directory = os.path.join(os.getcwd(), directory)
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
 
@@ -212,7 +210,7 @@ class Snapshot:
         except BlockingIOError:
             raise BlockingIOError(f"{self._directory!r} is in use by another kv.py") from None
         write_pairs(self._temporary, {})
-        self._sync_names()
+        self._sync_directory()
         os.unlink(self._temporary)
 
     def load(self) -> dict[str, str]:
@@ -228,11 +226,11 @@ class Snapshot:
         # could leave an empty file of that name.
         write_pairs(self._temporary, pairs)
         os.replace(self._temporary, self.path)
-        self._sync_names()
+        self._sync_directory()
 
-    def _sync_names(self) -> None:
-        """Have the names in the directory reach the disk."""
-        # Opened each time, as the path may lead to another file system by now.
+    def _sync_directory(self) -> None:
+        """Return when the names in the directory are on the disk."""
+        # Opened each time, because a network share may have been mounted anew.
         directory = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -294,13 +292,10 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# Names that no stranger can own. Others are refused because of DNS rebinding: a page from a.example
-# can make that name resolve to 127.0.0.1, and the browser treats this server as the page's own.
-LOCAL_HOST = re.compile(
-    rb"(?i)(?:[^.%]*"  # localhost or kv: without a dot, of which %2e is the code
-    rb"|[0-9.]+|\[.*\]"  # 127.0.0.1, [::1]
-    rb"|(?:.*\.)?localhost\.?)" + PORT  # a.localhost, localhost.
-)
+# localhost, kv, 127.0.0.1 or [::1]: no stranger can own a name of one label, or an address. Other
+# names are refused because of DNS rebinding: whoever owns a.example can have it resolve to
+# 127.0.0.1, and then a browser lets the pages of a.example read this server.
+LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
 # GET /kv/a?query HTTP/1.1
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
 # http://localhost:8080/kv/a, as a proxy may send it: RFC 9112 3.2.2
@@ -312,6 +307,8 @@ LENGTH = re.compile(rb"[0-9]{1,4000}")  # int() refuses more than 4,300 digits
 CHARSET = re.compile(rb"; *charset *= *\"?([^\";, ]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
+# A bare LF, or another control character than tab, CR and LF.
+NEVER_IN_A_LINE = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Refusal(Exception):
@@ -346,77 +343,86 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
     return match[1].lower(), match[2].strip(b" \t")
 
 
-def listed(values: dict[bytes, list[bytes]], name: bytes) -> set[bytes]:
-    """Return what a field lists, separated by commas, perhaps on several lines: RFC 9110 5.6.1."""
+# The values of each field, by its name. A field may stand on several lines.
+Values = dict[bytes, list[bytes]]
+
+
+def list_members(values: Values, name: bytes) -> set[bytes]:
+    """Return what a field lists, separated by commas, in lower case: RFC 9110 5.6.1."""
     joined = b",".join(values.get(name, [])).lower()
     return {member.strip(b" \t") for member in joined.split(b",")} - {b""}
+
+
+def find_host(values: Values, http11: bool) -> bytes:
+    """Return the value of the Host field: RFC 9112 3.2."""
+    hosts = values.get(b"host", [])
+    host = b"".join(hosts)
+    if len(hosts) > 1 or (http11 and not hosts) or not HOST_VALUE.fullmatch(host):
+        raise Refusal(400, "a request needs one valid Host field")
+    return host
+
+
+def find_length(values: Values, http11: bool) -> int | None:
+    """Return how many bytes the body has, None if it comes in chunks: RFC 9112 6.3."""
+    lengths = values.get(b"content-length", [])
+    codings = values.get(b"transfer-encoding", [])
+    if codings:
+        if lengths or not http11:
+            raise Refusal(400, "Transfer-Encoding not allowed here")
+        if [coding.lower() for coding in codings] != [b"chunked"]:
+            raise Refusal(501, "only the chunked transfer coding")
+        return None
+    if not lengths:
+        return 0
+    # A proxy may have used either of two lengths. int() would also take "+1", "1_0" and " 1 ".
+    if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
+        raise Refusal(400, "invalid Content-Length")
+    if int(lengths[0]) > MAX_VALUE:
+        raise Refusal(413, "value too large")
+    return int(lengths[0])
+
+
+def check_write(values: Values) -> None:
+    """Refuse a write if a field would change what it means."""
+    if b"content-range" in values:  # the body is a part of the value: RFC 9110 14.5
+        raise Refusal(400, "Content-Range is not supported: send the whole value")
+    if values.keys() & {b"if-match", b"if-none-match", b"if-unmodified-since"}:  # RFC 9110 13.1
+        raise Refusal(501, "conditional writes are not supported: there are no entity tags here")
+    if list_members(values, b"content-encoding") - {b"identity"}:  # RFC 9110 8.4
+        raise Refusal(415, "Content-Encoding is not supported: send the value as it is")
+    content_type = b";".join(values.get(b"content-type", [])).lower()  # RFC 9110 8.3.2
+    if set(CHARSET.findall(content_type)) - {b"utf-8", b"us-ascii"}:
+        raise Refusal(415, "a value is UTF-8 text, not of another charset")
 
 
 class Fields(NamedTuple):
     """What the header fields of a request mean for this server."""
 
-    length: int  # of the body, in bytes; 0 if it is chunked
-    chunked: bool
+    length: int | None  # of the body, in bytes; None if it comes in chunks
     keep_alive: bool
     expects_continue: bool
-    # A status and a text. Raised when the body has been read, so that the connection can go on.
-    refusal: tuple[int, str] | None
 
 
-# A client mostly repeats its header, and parsing it costs more than all the rest. So results are
-# remembered. They depend on the arguments alone, which include neither the path nor the body.
+# Most clients send the same header again and again, and parsing it costs more than all the rest. So
+# results are remembered. They depend on the arguments alone, which are without path and body.
 @functools.lru_cache
 def parse_fields(
-    block: bytes, method: str, target_host: bytes | None, http11: bool, is_local: bool
+    block: bytes, method: str, target_host: bytes | None, http11: bool, checks_host: bool
 ) -> Fields:
-    """Decide from the field lines where the body ends, and whether the request is refused."""
-    lines = block.split(b"\r\n") if block else []
-    values: dict[bytes, list[bytes]] = {}
-    for name, value in map(parse_field, lines):
+    """Return what the field lines mean, or refuse the request for one of them."""
+    values: Values = {}
+    for line in block.split(b"\r\n") if block else ():
+        name, value = parse_field(line)
         values.setdefault(name, []).append(value)
-
-    hosts = values.get(b"host", [])  # RFC 9112 3.2
-    host = b"".join(hosts)
-    if len(hosts) > 1 or (http11 and not hosts) or not HOST_VALUE.fullmatch(host):
-        raise Refusal(400, "a request needs one valid Host field")
-
-    lengths = values.get(b"content-length", [b"0"])  # RFC 9112 6.3
-    codings = values.get(b"transfer-encoding", [])
-    if codings and (b"content-length" in values or not http11):
-        raise Refusal(400, "Transfer-Encoding not allowed here")
-    if codings and [coding.lower() for coding in codings] != [b"chunked"]:
-        raise Refusal(501, "only the chunked transfer coding")
-    # If there are two lengths, a proxy may have used the other one. int() alone would take "+1",
-    # "1_0" and " 1 ", too.
-    if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
-        raise Refusal(400, "invalid Content-Length")
-    if int(lengths[0]) > MAX_VALUE:
-        raise Refusal(413, "value too large")
-
-    connection = listed(values, b"connection")  # RFC 9112 9.3
-    keep_alive = b"close" not in connection and (http11 or b"keep-alive" in connection)
-    expects_continue = http11 and b"100-continue" in listed(values, b"expect")
-    refusal = None
-    if is_local and not LOCAL_HOST.fullmatch(target_host or host):  # RFC 9110 15.5.20
-        refusal = 421, "misdirected request: here the host is localhost or an IP address"
-    elif method in ("PUT", "DELETE"):
-        refusal = refuse_write(values)
-    return Fields(int(lengths[0]), bool(codings), keep_alive, expects_continue, refusal)
-
-
-def refuse_write(values: dict[bytes, list[bytes]]) -> tuple[int, str] | None:
-    """Return a refusal if a write has a field that would change what it means."""
-    if b"content-range" in values:  # the body is a part of the value: RFC 9110 14.5
-        return 400, "Content-Range is not supported: send the whole value"
-    if values.keys() & {b"if-match", b"if-none-match", b"if-unmodified-since"}:  # RFC 9110 13.1
-        return 501, "conditional writes are not supported: there are no entity tags here"
-    if listed(values, b"content-encoding") - {b"identity"}:  # RFC 9110 8.4
-        return 415, "Content-Encoding is not supported: send the value as it is"
-    for value in listed(values, b"content-type"):  # RFC 9110 8.3.2
-        charset = CHARSET.search(value)
-        if charset and charset[1] not in (b"utf-8", b"us-ascii"):
-            return 415, "a value is UTF-8 text, not of another charset"
-    return None
+    host = find_host(values, http11)
+    if checks_host and not LOCAL_HOST.fullmatch(target_host or host):  # RFC 9110 15.5.20
+        raise Refusal(421, "misdirected request: here the host is localhost or an IP address")
+    if method in ("PUT", "DELETE"):
+        check_write(values)
+    options = list_members(values, b"connection")  # RFC 9112 9.3
+    keep_alive = b"close" not in options and (http11 or b"keep-alive" in options)
+    expects_continue = http11 and b"100-continue" in list_members(values, b"expect")
+    return Fields(find_length(values, http11), keep_alive, expects_continue)
 
 
 @functools.lru_cache  # so it is made once a second for each status
@@ -436,7 +442,7 @@ def answer_head(status: int, second: int) -> bytes:
 # These functions return the body of an answer with the status 200, or raise a Refusal whose text is
 # the body. Other parts refuse a request with
 #
-#     400, 415, 501   if a field would change what a write means: see refuse_write
+#     400, 415, 501   if a field would change what a write means: see check_write
 #     413             if the value is over MAX_VALUE
 #     421             if it is for another host: see LOCAL_HOST
 #     503             if it is a write, and comes too late in a shutdown: see StoreClosed
@@ -505,13 +511,68 @@ def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
     return functions[method](store, key, body)
 
 
-# ---- Connection: the requests of one client ----
+# ---- Workers: the threads that serve connections ----
 #
-# The life of a connection: it is *accepted*, then *in hand* (it waits for a worker thread, or has
-# one), then *parked* (it is idle, and costs no thread), then in hand again, and so on, and at last
-# it is *closed*. One thread, the acceptor, accepts connections, watches the parked ones, and closes
-# those that are idle for too long. Workers serve requests. The server knows what one connection
-# does not: whether answers say `Connection: close`, and whether others wait for a worker.
+# The life of a connection: it is *accepted*, then *in hand* (a worker has it, or it waits for one),
+# then *parked* (it is idle, and needs no thread), then in hand again, and so on, until it is
+# *closed*. Workers are threads that serve requests. One more thread, the *acceptor*, accepts
+# connections, gives them to workers, watches the parked ones, and closes what is idle for too long.
+
+
+class Workers:
+    """The worker threads, and the queue in which connections wait for one of them.
+
+    A worker that takes a connection starts another worker if none is free. The acceptor has no time
+    for that. Workers never end: a thousand idle ones take 20 MB.
+    """
+
+    # A stalled client holds a worker for up to 15 s. Fewer workers would be used up by fewer such
+    # clients, more would take more memory.
+    MOST_THREADS = 1200
+
+    def __init__(self, serve: Callable[[Connection], None]) -> None:
+        self._serve = serve
+        self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # for the three values below
+        self._threads = 0
+        self.in_hand = 0  # how many connections are in the queue or with a worker
+        self.last_change = 0.0  # of in_hand, on the monotonic clock
+        self._start_one_if_none_is_free()
+
+    def give(self, connection: Connection) -> None:
+        with self._lock:  # so that no worker subtracts the connection before it is added
+            self._queue.put(connection)
+            self.in_hand += 1
+            self.last_change = time.monotonic()
+
+    def _free(self) -> int:
+        """Return how many workers are free. If it is negative, that many connections wait."""
+        return self._threads - self.in_hand
+
+    def is_anybody_waiting(self) -> bool:
+        return self._free() < 0
+
+    def _start_one_if_none_is_free(self) -> None:
+        with self._lock:
+            if self._free() <= 0 and self._threads < self.MOST_THREADS:
+                # Not by Thread.start(), which waits until the new thread has begun to run.
+                _thread.start_new_thread(self._work, ())
+                self._threads += 1
+
+    def _work(self) -> None:
+        while True:
+            connection = self._queue.get()
+            try:
+                with contextlib.suppress(RuntimeError, MemoryError):  # then the others have to do
+                    self._start_one_if_none_is_free()
+                self._serve(connection)
+            finally:
+                with self._lock:
+                    self.in_hand -= 1
+                    self.last_change = time.monotonic()
+
+
+# ---- Connection: the requests of one client ----
 
 # How many seconds a worker waits for the next request before it parks a connection. A busy client
 # sends it within that time, which saves a hand-over between threads. A longer time would tie up
@@ -525,8 +586,13 @@ RECEIVE_SIZE = 16 * 1024
 
 
 class Connection:
-    """Reads the requests of one client, and answers them. Slots keep an idle one small."""
+    """Reads the requests of one client, and answers them.
 
+    It asks its server what one connection cannot know: whether answers say `Connection: close`, and
+    whether other connections wait for a worker.
+    """
+
+    # Slots keep an idle connection small.
     __slots__ = ("_address", "_buffer", "_deadline", "_server", "_socket", "idle_since", "is_over")
 
     def __init__(self, connection: socket.socket, address: Any, server: Server) -> None:
@@ -559,58 +625,56 @@ class Connection:
             return True
 
     def has_begun_request(self) -> bool:
-        """Whether something of the next request is in the buffer, where no selector sees it."""
-        self._buffer = self._buffer.lstrip(b"\r\n")  # empty lines between requests: RFC 9112 2.2
-        return bool(self._buffer)
+        """Whether the buffer, which no selector sees, holds more than empty lines."""
+        return bool(self._buffer.strip(b"\r\n"))
 
     def serve(self) -> None:
         """Serve requests until none comes for a tick, or another connection needs the worker."""
-        is_anybody_waiting = self._server.workers.is_anybody_waiting
-        while not self.is_over:
-            if not self.has_begun_request():
-                try:
-                    flags = socket.MSG_DONTWAIT if is_anybody_waiting() else 0
-                    self._buffer = self._socket.recv(RECEIVE_SIZE, flags)
-                except BlockingIOError:
-                    return
-                self.is_over = not self._buffer  # the client has ended the connection
-                if not self.has_begun_request():
-                    return
+        while self._wait_for_request():
             self._serve_request()
-            if is_anybody_waiting():
-                return
+            if self.is_over or self._server.workers.is_anybody_waiting():
+                break
+
+    def _wait_for_request(self) -> bool:
+        """Return whether a request has begun, within a tick, or at once if others wait."""
+        if not self.has_begun_request():
+            flags = socket.MSG_DONTWAIT if self._server.workers.is_anybody_waiting() else 0
+            try:
+                self._buffer = self._socket.recv(RECEIVE_SIZE, flags)
+            except BlockingIOError:  # nothing has come
+                return False
+            self.is_over = not self._buffer  # the client has ended the connection
+        return self.has_begun_request()
 
     def _serve_request(self) -> None:
+        """Read a request, do what it asks for, and answer it."""
         self._deadline = time.monotonic() + STALL_SECONDS
+        self._buffer = self._buffer.lstrip(b"\r\n")  # empty lines before it: RFC 9112 2.2
         head, extra_fields, http11, keep_alive = b"", b"", True, True
         body: bytes | None = None
         try:
-            head = self._read_until(b"\r\n\r\n")
+            head = self._take_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
             method, host, path, http11 = parse_request_line(line)
-            fields = parse_fields(block, method, host, http11, self._server.is_local)
+            fields = parse_fields(block, method, host, http11, self._server.checks_host)
             keep_alive = fields.keep_alive
-            body = self._read_body(fields)
-            if fields.refusal:
-                raise Refusal(*fields.refusal)
+            body = self._take_body(fields)
             status, answer = 200, handle(self._server.store, method, path, body)
         except Refusal as refusal:
             status, answer = refusal.status, refusal.text.encode() + b"\n"
             extra_fields = refusal.field
         except StoreClosed:
             status, answer = 503, b"shutting down\n"
-        # If the body's end was not found, nobody knows where the next request starts. Otherwise, a
-        # client that says `Connection: close` sends nothing more.
-        may_send_more = body is None or keep_alive
-        wants_to_close = self._server.says_close() and not self.has_begun_request()
-        self.is_over = body is None or not keep_alive or wants_to_close
+        # Without the end of its body, nobody knows where the next request starts.
+        we_end = body is None or (self._server.says_close() and not self.has_begun_request())
+        self.is_over = we_end or not keep_alive
         if self.is_over:
             extra_fields += b"Connection: close\r\n"
         elif not http11:
             extra_fields += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, answer)
-        if self.is_over and may_send_more:
+        if we_end:
             self._linger()
 
     def _answer(self, head: bytes, status: int, extra_fields: bytes, body: bytes) -> None:
@@ -627,7 +691,8 @@ class Connection:
     def _linger(self) -> None:
         """Half-close, and throw away what comes until the client closes or pauses, 5 s at most.
 
-        Closing with unread input sends a reset, which can reach the client first: RFC 9112 9.6.
+        The client may be sending more. Closing with unread input sends a reset, which can reach the
+        client before it has read the answer: RFC 9112 9.6.
         """
         self._socket.shutdown(socket.SHUT_WR)
         end = time.monotonic() + 5.0
@@ -635,10 +700,7 @@ class Connection:
             while time.monotonic() < end and self._socket.recv(RECEIVE_SIZE):
                 pass
 
-    # An LF without its CR, or another control character.
-    _NEVER_IN_A_HEAD = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-
-    def _read_until(self, end: bytes) -> bytes:
+    def _take_until(self, end: bytes) -> bytes:
         """Take everything up to `end` out of the buffer, and return it without its end."""
         while True:
             text, found, rest = self._buffer.partition(end)
@@ -649,23 +711,23 @@ class Connection:
                 return text
             # Whoever sends this may wait for an answer, and never send the end: a client of another
             # protocol, such as TLS, or a person whose `nc` ends lines with LF alone.
-            if self._NEVER_IN_A_HEAD.search(text):
+            if NEVER_IN_A_LINE.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
 
-    def _read_body(self, fields: Fields) -> bytes:
+    def _take_body(self, fields: Fields) -> bytes:
         """Take the body out of the buffer, and so find the request's end: RFC 9112 6.3."""
-        if not fields.length and not fields.chunked:
+        if fields.length == 0:
             return b""
         if fields.expects_continue and not self._buffer:  # else the body is on its way
             self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._read_chunks() if fields.chunked else self._read(fields.length)
+        return self._take_chunks() if fields.length is None else self._take(fields.length)
 
-    def _read_chunks(self) -> bytes:
+    def _take_chunks(self) -> bytes:
         """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
         body = bytearray()
         while True:
-            match = CHUNK.fullmatch(self._read_until(b"\r\n"))
+            match = CHUNK.fullmatch(self._take_until(b"\r\n"))
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
@@ -673,17 +735,17 @@ class Connection:
                 break
             if len(body) + size > MAX_VALUE:
                 raise Refusal(413, "value too large")
-            body += self._read(size)
-            if self._read_until(b"\r\n"):
+            body += self._take(size)
+            if self._take_until(b"\r\n"):
                 raise Refusal(400, "malformed chunk")
         for _ in range(101):  # a hundred fields and the empty line: not without end
-            line = self._read_until(b"\r\n")
+            line = self._take_until(b"\r\n")
             if not line:
                 return bytes(body)
             parse_field(line)
         raise Refusal(431, "too many field lines")
 
-    def _read(self, size: int) -> bytes:
+    def _take(self, size: int) -> bytes:
         """Take `size` bytes of a body out of the buffer."""
         body, self._buffer = bytearray(self._buffer[:size]), self._buffer[size:]
         while len(body) < size:
@@ -699,100 +761,30 @@ class Connection:
                 continue
             if not received:
                 raise ConnectionAbortedError("the request breaks off")
-            # Each KiB adds a second, as large bodies take longer. But the deadline is never more
-            # than STALL_SECONDS away.
+            # Large bodies take longer. So each KiB moves the deadline by a second, but never to
+            # more than STALL_SECONDS from now.
             later = self._deadline + len(received) / 1024
             self._deadline = min(later, time.monotonic() + STALL_SECONDS)
             return received
         raise Refusal(408, "request took too long")
 
 
-# ---- Workers: the threads that serve connections ----
-
-
-class Workers:
-    """Threads, and the queue of connections that wait for one.
-
-    The server starts the first worker. A worker that takes a connection starts another one if none
-    is free, because that would hold up the acceptor. Idle ones stay: a thousand take 20 MB.
-    """
-
-    # Fewer would be used up by fewer stalled clients. More would take more memory.
-    MOST_THREADS = 1200
-
-    def __init__(self, serve: Callable[[Connection], None]) -> None:
-        self._serve = serve
-        self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # for the numbers
-        # Fewer threads than connections in hand: some wait. As many: none waits, none is free.
-        self._threads = 0
-        self.in_hand = 0  # connections that are in the queue, or that a worker has
-        self.last_given = 0.0  # when, on the monotonic clock
-
-    def give(self, connection: Connection) -> None:
-        with self._lock:  # so that no worker subtracts this connection before it is added
-            self._queue.put(connection)
-            self.in_hand += 1
-            self.last_given = time.monotonic()
-
-    def is_anybody_waiting(self) -> bool:
-        return self._threads < self.in_hand
-
-    def start_one_if_none_is_free(self) -> None:
-        with self._lock:
-            if self._threads <= self.in_hand and self._threads < self.MOST_THREADS:
-                # Not by Thread.start(), which waits until the new thread has begun to run.
-                _thread.start_new_thread(self._work, ())
-                self._threads += 1
-
-    def _work(self) -> None:
-        while True:
-            connection = self._queue.get()
-            try:
-                with contextlib.suppress(RuntimeError, MemoryError):
-                    self.start_one_if_none_is_free()
-                self._serve(connection)
-            finally:
-                with self._lock:  # after the parking: see count_connections
-                    self.in_hand -= 1
-
-
 # ---- Server: the listener, and the parked connections ----
 
 
-def keep_new_clients_out(listener: socket.socket) -> None:
-    """Let no more clients into the listen queue. Those that are in it stay.
-
-    A client that has read `Connection: close` connects again, so the queue might never be empty.
-    And a client that arrives between the last accept and the close would be reset.
-    """
-    # A program for the kernel, which drops each packet that asks for a connection.
-    lines = (
-        (0x30, 0, 0, 13),  # load byte 13 of the TCP header
-        (0x45, 1, 0, 2),  # if it has the flag SYN, skip a line
-        (0x06, 0, 0, 0xFFFFFFFF),  # keep the whole packet
-        (0x06, 0, 0, 0),  # keep nothing of it
-    )
-    program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in lines))
-    sock_fprog = struct.pack("HL", len(lines), program.buffer_info()[0])  # length and address
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, 26, sock_fprog)  # SO_ATTACH_FILTER
-    except OSError:  # not on Linux, or in a sandbox: at least, make the queue short
-        listener.listen(0)
-
-
 class Server(ThreadingHTTPServer):
-    """Accepts connections, and gives each to a worker while requests keep coming.
+    """The listener, the parked connections, and the acceptor, a thread that cares for both.
 
     Most people's first server is a ThreadingHTTPServer. This one keeps how that class listens,
-    accepts and closes. It never calls serve_forever(), which spends a thread on each connection,
-    even an idle one. So shutdown(), which waits for serve_forever() to end, would wait for ever.
+    accepts and closes, but not its loop, serve_forever(), which gives each connection a thread of
+    its own, even an idle one. So shutdown(), which waits for that loop to end, is not for this one.
 
-    Two kinds of threads meet at the selector, and hold `_lock` when they do this:
-    - A worker registers a connection, which parks it. After that, the worker must not touch it, as
-      another worker may already have it.
-    - The acceptor unregisters it: when something has arrived, to give it to a worker; when it has
-      been idle for too long, to close it, if nothing has arrived after all.
+    The selector watches the listener and the parked connections. Workers and the acceptor meet
+    there, and hold `_lock` while they change it:
+    - A worker registers a connection, which parks it. From then on, the worker must not touch it,
+      as another worker may already have it.
+    - The acceptor unregisters a connection, either to give it to a worker, because something has
+      arrived, or to close it, because it has been idle for too long.
     """
 
     allow_reuse_port = False  # or some releases of Python share the port with another server
@@ -804,9 +796,10 @@ class Server(ThreadingHTTPServer):
     # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s
     # (nginx, most load balancers) or 90 s (Go). If we closed first, we could cut off a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server. In a burst, a lost packet may be retransmitted only after 6.4 s.
+    # The same in a full server, which has to make room. A client whose first packet was lost sends
+    # it again within 7 s.
     IDLE_SECONDS_FULL = 10.0
-    # How many seconds after a stop all parked connections are closed, even if others are busy.
+    # How many seconds after a stop parked connections are closed, even if others are busy.
     IDLE_SECONDS_STOPPING = 2.0
     # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
@@ -817,29 +810,37 @@ class Server(ThreadingHTTPServer):
         self.address_family = info[0]
         super().__init__(info[4], socketserver.BaseRequestHandler)  # of which it makes none
         self.socket.setblocking(False)
-        # To a loopback address, strangers can only come by way of a browser: see LOCAL_HOST.
-        self.is_local = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
+        # Behind a loopback address, the only strangers are web pages in a browser here.
+        self.checks_host = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.store, self.log, self.verbose = store, log, verbose
         self.workers = Workers(self._serve_or_park)
         self._lock = threading.Lock()
-        # The selector has the listener, then the parked connections, the longest idle first. Epoll
-        # and kqueue see at once what a worker registers while the acceptor waits.
+        # In the order of registration: the listener, then the parked ones, the longest idle first.
+        # Epoll and kqueue see at once what a worker registers while the acceptor waits.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free descriptor. So those below the listener's are in use.
+        # The system hands out the lowest free descriptor. So all below the listener's are in use.
         free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
-        self._most_connections = max(1, free - self.RESERVED_DESCRIPTORS)
+        self._most_open = max(2, free - self.RESERVED_DESCRIPTORS)
         self._is_full = False
         self._is_listening = True
         self._stopping_since = 0.0  # on the monotonic clock, 0 if not stopping
-        self.workers.start_one_if_none_is_free()
         self._acceptor = threading.Thread(target=self._run_acceptor, daemon=True)
         self._acceptor.start()
 
     def stop(self) -> None:
-        """Have the acceptor end when the last connection is closed."""
-        keep_new_clients_out(self.socket)  # first, so that an empty listen queue stays empty
-        self._stopping_since = time.monotonic()
+        """Keep new clients out, and have the acceptor end when the last connection is closed.
+
+        A client that connects just before the listener is closed would be reset. And clients that
+        read `Connection: close` connect again, so the listen queue might never be empty.
+        """
+        try:
+            # SO_BINDTOIFINDEX, with a network interface that does not exist. From now on, Linux
+            # refuses new clients. Those in the listen queue stay there.
+            self.socket.setsockopt(socket.SOL_SOCKET, 62, 2**31 - 1)
+        except OSError:  # another system, before Linux 5.7, a sandbox: at least, a short queue
+            self.socket.listen(0)
+        self._stopping_since = time.monotonic()  # last: the acceptor closes an empty queue now
 
     def join(self, until: float) -> bool:
         """Wait for the last connection to close, until that time at most; return whether it has."""
@@ -850,15 +851,14 @@ class Server(ThreadingHTTPServer):
         """Whether answers say `Connection: close`, so that nothing is on its way at the close."""
         return self._is_full or self._stopping_since > 0
 
-    def count_connections(self) -> int:
-        # In_hand first: a worker parks a connection, and then takes it out of in_hand. So the
-        # acceptor may count one twice, but misses none.
-        in_hand = self.workers.in_hand
-        return in_hand + len(self._selector.get_map()) - self._is_listening
+    def count_open(self) -> int:
+        """Count the connections, and the listener until it is closed."""
+        # In this order: a worker parks a connection, and then takes it out of in_hand. So one may
+        # be counted twice, but none is missed.
+        return self.workers.in_hand + len(self._selector.get_map())
 
     def _run_acceptor(self) -> None:
-        """Accept, give and close connections, until a shutdown has closed the last one."""
-        while not self._stopping_since or self._is_listening or self.count_connections():
+        while not self._stopping_since or self.count_open():
             try:
                 self._take_turn()
             except Exception as error:  # whatever it is, the others are served
@@ -866,6 +866,7 @@ class Server(ThreadingHTTPServer):
                 time.sleep(TICK)
 
     def _take_turn(self) -> None:
+        """Give to workers what has arrived, accept, and close what is idle for too long."""
         says_close = self.says_close()
         if says_close:
             # When full, a client in the listen queue makes each select() return at once. When
@@ -877,50 +878,42 @@ class Server(ThreadingHTTPServer):
                 self.workers.give(key.data)
         if self._is_listening:
             self._accept()
-        self._close_idle()
+        if not self._stopping_since:
+            self._close_idle(self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS)
+        elif self._may_close_all():
+            self._close_idle(0.0)
 
     def _accept(self) -> None:
-        """Accept the clients in the listen queue. If stopping, close the listener then."""
+        """Accept the clients in the listen queue; when stopping and it is empty, close it."""
         is_stopping = self._stopping_since > 0  # asked first: then, an empty queue stays empty
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
-                self._is_full = self.count_connections() >= self._most_connections
+                self._is_full = self.count_open() >= self._most_open
                 if self._is_full:
-                    break
+                    return
                 self.workers.give(Connection(*self.get_request(), self))
-        except BlockingIOError:  # the listen queue is empty
+        except BlockingIOError:  # the queue is empty
             if is_stopping:
                 self._selector.unregister(self.socket)
                 self._is_listening = False
                 self.server_close()
-        except OSError as error:  # others have used up the descriptors, or the client has left
-            self._is_full = error.errno in (errno.EMFILE, errno.ENFILE)
+        except OSError:  # mostly, other programs have used up the system's descriptors
+            self._is_full = True
 
-    def _unpark(self, connection: Connection) -> None:
-        """Take it out of the selector: before its close, as its descriptor may be used again."""
-        with self._lock:
-            self._selector.unregister(connection)
-
-    def _idle_limit(self, now: float) -> float:
-        """Return how many seconds a connection may stay parked."""
-        if not self._stopping_since:
-            return self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS
+    def _may_close_all(self) -> bool:
+        """Whether, in a shutdown, the parked connections can be closed."""
         # A client may send on one connection before it reads `Connection: close` on another. So
-        # none is closed while any is in hand, nor within a tick after one was given to a worker.
-        quiet_since = max(self.workers.last_given, self._stopping_since)
-        is_quiet = not self.workers.in_hand and now - quiet_since >= TICK
-        is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
-        return 0.0 if is_quiet or is_late else float("inf")
-
-    def _close_idle(self) -> None:
-        """Close what has been parked for too long, unless something has arrived after all."""
+        # wait for a tick in which no connection comes to a worker or leaves one.
         now = time.monotonic()
-        limit = self._idle_limit(now)
+        is_quiet = now - max(self._stopping_since, self.workers.last_change) >= TICK
+        is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
+        return is_quiet or is_late
+
+    def _close_idle(self, limit: float) -> None:
+        """Close what has been parked for longer, unless something has arrived after all."""
         while True:
-            with self._lock:
-                parked = (key.data for key in self._selector.get_map().values() if key.data)
-                connection = next(parked, None)
-            if not connection or now - connection.idle_since < limit:
+            connection = self._longest_parked()
+            if not connection or time.monotonic() - connection.idle_since < limit:
                 break
             self._unpark(connection)
             if connection.is_silent():
@@ -928,8 +921,17 @@ class Server(ThreadingHTTPServer):
             else:
                 self.workers.give(connection)
 
+    def _longest_parked(self) -> Connection | None:
+        with self._lock:
+            return next((key.data for key in self._selector.get_map().values() if key.data), None)
+
+    def _unpark(self, connection: Connection) -> None:
+        """Take it out of the selector: before its close, as its descriptor may be used again."""
+        with self._lock:
+            self._selector.unregister(connection)
+
     def _serve_or_park(self, connection: Connection) -> None:
-        """Be a worker: serve a connection, then close it, queue it again, or park it."""
+        """Serve a connection, then close it, queue it again, or park it. A worker runs this."""
         try:
             connection.serve()
             if connection.is_over:
@@ -955,6 +957,9 @@ SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}
 IMPATIENT = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
 
 
+Save = Callable[[], bool]  # returns whether it worked
+
+
 def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
     """Save the store; return whether that worked. For one thread at a time."""
     begin = time.monotonic()
@@ -969,41 +974,40 @@ def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
     return True
 
 
-def wait_for_stop(store: Store, save: Callable[[], bool], stops: set[Any]) -> tuple[Any, float]:
-    """Save at SAVE_SIGNALS; return the signal that stops the server, and when its time began."""
+def wait_for_stop(store: Store, save: Save, stop_signals: set[Any]) -> tuple[Any, float]:
+    """Save when asked to. Return the signal that stops the server, and when its time began."""
     while True:
-        received = signal.sigwait(stops | SAVE_SIGNALS)
+        received = signal.sigwait(stop_signals | SAVE_SIGNALS)
         begin = time.monotonic()
-        if received in stops:
+        if received in stop_signals:
             return received, begin
         if received == signal.SIGUSR1 or store.has_changed:
             save()
-        if signal.sigpending() & stops:
-            # The stop came during the save, at an unknown moment. So count from before the save.
-            return signal.sigwait(stops), begin
+        if signal.sigpending() & stop_signals:
+            # It came during the save, nobody knows when. So its time counts from before the save.
+            return signal.sigwait(stop_signals), begin
 
 
-def drain(server: Server, save: Callable[[], bool], begin: float, end: float) -> None:
+def drain(server: Server, save: Save, begin: float, end: float) -> None:
     """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
     server.stop()
     is_over = server.join(min(time.monotonic() + 1.0, end))
-    # Ctrl-C under npm arrives twice, from the terminal and from npm. So ignore repeats for 1 s.
+    # Under npm, one Ctrl-C arrives twice, from the terminal and from npm. So a signal of the first
+    # second does not count.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_over:
-        left = max(0.0, end - time.monotonic())
-        what = f"{server.count_connections()} connection(s), {left:.0f} s at most"
+        what = f"{server.count_open()} connection(s), {end - time.monotonic():.0f} s at most"
         server.log(f"waiting for {what}; SIGTERM or Ctrl-C ends that")
     while not is_over and time.monotonic() < end and not signal.sigpending() & IMPATIENT:
         # In case SIGKILL comes before the last save.
         if server.store.has_changed:
             save()
         is_over = server.join(min(time.monotonic() + 1.0, end))
-    in_hand = server.workers.in_hand
-    server.log(f"drained in {time.monotonic() - begin:.2f} s, {in_hand} given up")
+    server.log(f"drained in {time.monotonic() - begin:.2f} s, {server.workers.in_hand} given up")
 
 
-def shut_down(server: Server, save: Callable[[], bool], begin: float, seconds: float) -> bool:
+def shut_down(server: Server, save: Save, begin: float, seconds: float) -> bool:
     """Drain, and save; return whether all is saved.
 
     `begin` is when the signal came, on the monotonic clock, and `seconds` the graceful time-out.
@@ -1055,10 +1059,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dump", action="store_true", help="print the snapshot as JSON Lines")
     parser.add_argument("--verbose", action="store_true", help="log every request")
     parser.add_argument("--version", action="version", version=f"kv.py {__version__}")
-    arguments = parser.parse_args()
-    if not arguments.working_dir:  # a script's unset variable, which does not mean `.`
-        parser.error("argument --working-dir: empty")
-    return arguments
+    return parser.parse_args()
 
 
 def raise_descriptor_limit() -> None:
@@ -1093,10 +1094,11 @@ def dump(snapshot: Snapshot) -> None:
 
 
 def block_signals() -> set[Any]:
-    """Have the signals that stop or save wait until they are asked for; return those that stop.
+    """Have signals wait until the main thread asks for them; return those that stop the server.
 
-    A handler runs in the main thread, perhaps while that holds a lock that the shutdown needs.
-    Threads that are started later inherit the mask.
+    A handler would interrupt the main thread anywhere. If it then waits for that thread, it waits
+    for ever: for a lock which the thread holds, or, in Server.shutdown(), for serve_forever() to
+    end. Threads that are started later block the same signals.
     """
     # Every signal stops the server except these. Some exist only on some systems.
     names = (
@@ -1108,38 +1110,38 @@ def block_signals() -> set[Any]:
     # What nohup or Python ignores stays ignored. SIGTERM does not, as supervisors rely on it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     possible = signal.valid_signals() - not_stopping
-    stops = {number for number in possible if signal.getsignal(number) != signal.SIG_IGN}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops | SAVE_SIGNALS)
-    return stops
+    stop_signals = {number for number in possible if signal.getsignal(number) != signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS)
+    return stop_signals
 
 
 def main() -> None:
     arguments = parse_arguments()
-    doing = f"cannot use the working directory {arguments.working_dir!r} (see --working-dir)"
+    task = f"use the working directory {arguments.working_dir!r} (see --working-dir)"
     try:
         snapshot = Snapshot(arguments.working_dir)
         if arguments.dump:
-            doing = f"cannot dump {snapshot.path!r}, which a server writes at SIGUSR1 or its stop"
+            task = f"dump {snapshot.path!r}, which a server writes at SIGUSR1 or its stop"
             dump(snapshot)
             return
-        stops = block_signals()
+        stop_signals = block_signals()
         os.umask(0o077)  # only the owner may read the snapshot
         stay_on_one_core()
         raise_descriptor_limit()
         snapshot.open()
-        doing = f"cannot load {snapshot.path!r} (move it away to start empty, or restore a backup)"
+        task = f"load {snapshot.path!r} (move it away to start empty, or restore a backup)"
         pairs = snapshot.load()
-        doing = f"cannot listen on {arguments.host!r} port {arguments.port} (see --host and --port)"
+        task = f"listen on {arguments.host!r} port {arguments.port} (see --host and --port)"
         log, store = Log(), Store(pairs)
         server = Server(arguments.host, arguments.port, store, log, arguments.verbose)
     except Exception as error:
-        sys.exit(f"kv.py: {doing}: {str(error) or repr(error)}")
+        sys.exit(f"kv.py: cannot {task}: {str(error) or repr(error)}")
     host, port = map(str, server.server_address[:2])
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     log(f"{len(pairs)} pair(s) in {snapshot.path!r}, listening on {url}, process {os.getpid()}")
     save = functools.partial(save_pairs, store, snapshot, log)
     signal.setitimer(signal.ITIMER_REAL, arguments.save_every, arguments.save_every)
-    received, begin = wait_for_stop(store, save, stops)
+    received, begin = wait_for_stop(store, save, stop_signals)
     log(getattr(received, "name", f"signal {received}"))  # real-time signals have no name
     is_saved = shut_down(server, save, begin, arguments.graceful_timeout)
     # Not sys.exit(): the interpreter would take itself apart while threads are at work.

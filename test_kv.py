@@ -1405,7 +1405,8 @@ class APITest(KVTest):
 
     def test_a_field_that_changes_what_a_write_means_is_refused(self) -> None:
         """And changes nothing about a GET."""
-        client = self.client(self.start())
+        server = self.start()
+        client = self.client(server)
         client.request("PUT", "/kv/kept", b"value")
         conditional = 501, b"conditional writes are not supported: there are no entity tags here\n"
         encoded = 415, b"Content-Encoding is not supported: send the value as it is\n"
@@ -1424,8 +1425,8 @@ class APITest(KVTest):
         for field, (status, text) in refused.items():
             with self.subTest(field):
                 for method, path in (("PUT", "/kv/kept"), ("DELETE", "/kv/kept")):
-                    self.check(client.request(method, path, b"other", field), status, text)
-                self.check(client.request("DELETE", "/clear", None, field), status, text)
+                    self.check(server.request(method, path, b"other", field), status, text)
+                self.check(server.request("DELETE", "/clear", None, field), status, text)
                 self.check(client.request("GET", "/kv/kept", None, field), 200, b"value")
                 self.check(client.request("HEAD", "/kv/kept", None, field), 200)
         for field in (
@@ -1524,12 +1525,11 @@ RULES = [
     *rules("3.2", "400 closed", GET + b"%" + END, b"", HOST * 2, b" Host: x\r\n"),
     *rules("3.2", "400 closed", FOR_HOST, b"a/b", b"a b", b"u@a", b"a, b", b"a:b", b"%zz", b"a%4"),
     *rules("9110 7.4", "200 open", FOR_HOST, b"", b"localhost:8080", b"[::1]:8080", b"127.0.0.1",
-           b"10.1.2.3:80", b"LOCALHOST", b"a.LocalHost:1", b"kv", b":80", b"localhost.",
-           b"localhost.:80"),
-    *rules("9110 7.4", "421 open", FOR_HOST, b"attacker.example", b"a.b:8080", b"localhost.a.b",
-           b"1.2.3.4.a", b"%41", b"a.localhost.b"),
-    Rule("3.2.2", "421 open", b"GET http://a.b/health HTTP/1.1\r\n" + HOST + END),
-    Rule("9110 7.4", "421 open", LENGTH.replace(b"Host: x", b"Host: a.b").replace(b"%", b"5")),
+           b"10.1.2.3:80", b"LOCALHOST", b"kv", b":80", b"localhost.", b"localhost.:80"),
+    *rules("9110 7.4", "421 closed", FOR_HOST, b"attacker.example", b"a.b:8080", b"localhost.a.b",
+           b"a.localhost", b"1.2.3.4.a", b"%41", b"a.localhost.b"),
+    Rule("3.2.2", "421 closed", b"GET http://a.b/health HTTP/1.1\r\n" + HOST + END),
+    Rule("9110 7.4", "421 closed", LENGTH.replace(b"Host: x", b"Host: a.b").replace(b"%", b"5")),
     *rules("3.2", "400 closed", b"GET /health HTTP/1.0\r\n%\r\n", HOST * 2, b"Host: a b\r\n"),
     # Field lines
     *rules("5.1", "400 closed", FIELDS, b"A : b", b"A", b": b", b"A(: b", b"\xc3\xa4: b"),
@@ -1911,7 +1911,7 @@ class ScarcityTest(KVTest):
             for path in Path(f"/proc/{server.process.pid}/fd").iterdir()
             if str(path.readlink()).startswith("socket:")
         )
-        most, before = 64 - listener - kv.Server.RESERVED_DESCRIPTORS, server.descriptors()
+        most, before = 63 - listener - kv.Server.RESERVED_DESCRIPTORS, server.descriptors()
         clients = [self.client(server) for _ in range(most)]
         wait_until(lambda: server.descriptors() == before + len(clients), "all are accepted")
         time.sleep(2 * kv.TICK)  # until all are parked
@@ -2184,7 +2184,7 @@ class DrainTest(KVTest):
     def test_the_backlog_is_served_also_when_there_are_no_descriptors(self) -> None:
         """And a full server goes on saying close."""
         server = self.start(preexec_fn=limited("NOFILE", 40))
-        idle = [self.client(server) for _ in range(40 - 5 - kv.Server.RESERVED_DESCRIPTORS)]
+        idle = [self.client(server) for _ in range(40 - 6 - kv.Server.RESERVED_DESCRIPTORS)]
         for client in idle:
             client.request("GET", "/health")
         waiting = [self.client(server) for _ in range(60)]  # which stay when they are answered
@@ -2369,7 +2369,6 @@ class CommandLineTest(KVTest):
             self.assert_refuses_to_start(text, f"--port={wrong}", code=2)
         for argument in ("--graceful-timeout=0", "--save-every=1.5", "--por=1", "extra", "--host"):
             self.assert_refuses_to_start(argument.partition("=")[0], argument, code=2)
-        self.assert_refuses_to_start("--working-dir: empty", "--working-dir=", code=2)
 
     def test_an_address_that_cannot_be_had_stops_the_start(self) -> None:
         # Not x.invalid, for which the system would ask a name server.
@@ -2406,9 +2405,8 @@ class CommandLineTest(KVTest):
 
     def test_working_directory_from_the_environment(self) -> None:
         self.write_snapshot({"a": "1"})
-        for data_dir, code, printed in (("data", 0, '{"key": "a", "value": "1"}\n'), ("", 2, "")):
-            run = kv_py("--dump", cwd=self.top, env={**os.environ, "DATA_DIR": data_dir})
-            self.assertEqual((run.returncode, run.stdout), (code, printed))
+        run = kv_py("--dump", cwd=self.top, env={**os.environ, "DATA_DIR": "data"})
+        self.assertEqual((run.returncode, run.stdout), (0, '{"key": "a", "value": "1"}\n'))
 
     def test_the_ready_line(self) -> None:
         """With the process number, for SIGUSR1, and no control characters for the terminal."""
