@@ -2,7 +2,7 @@
 """A key-value server in one file: HTTP over threads, graceful shutdown, a snapshot on disk.
 
 It needs Linux or macOS and Python 3.9 or later. Keys are made of [A-Za-z0-9:_.-], values are UTF-8
-text of 1 byte to 10 MiB, and a value comes back byte for byte.
+text of 1 byte to 10 MiB, and a value comes back byte for byte. --help lists the flags.
 
     PUT    /kv/{key}   store the body under key
     GET    /kv/{key}   the value
@@ -10,22 +10,27 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte.
     DELETE /clear      remove every key
     GET    /health     "ok"
 
+Threads: the *acceptor* accepts connections, and *workers* serve requests. In its life, a connection
+is *accepted*, then *in hand* (it waits for a worker, or has one), then *parked* (it is idle, and
+the acceptor watches it), then in hand again, and so on, until it is *closed*.
+
 All pairs live in memory. A signal such as SIGTERM or Ctrl-C begins a shutdown, which writes them to
 a snapshot in the working directory. The next start reads the snapshot. A crash loses what was
 written since the last snapshot. A shutdown has four steps:
 
-    Stop    New clients are kept out, those in the listen queue are accepted. From now on, an answer
-            says `Connection: close`, unless the next request has already arrived.
-    Idle    Idle connections are closed once no request has begun or ended for 0.2 s, but after 2 s
-            in any case. A request that arrives before its connection is closed is served.
-    Drain   Requests in flight are waited for, for at most four fifths of --graceful-timeout (12 s
-            of 15 s by default). After the first second, changes are saved every second.
+    Stop    New clients are refused. Those in the listen queue are still accepted. Answers say
+            `Connection: close`, unless the next request has been received together with this one.
+    Idle    Requests on parked connections are served, until no connection has come to a worker or
+            left one for 0.2 s, or until 2 s have passed. Then the parked connections are closed.
+    Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
+            since the signal (12 s of 15 s). After the first second, changes are saved each second.
     Save    Writes are answered 503, and the last snapshot is written.
 
-If no client stalls and the store is small, this takes a third of a second. Exit code 0 means saved.
+If no client stalls and the store is small, this takes less than half a second. Exit code 0 means
+that all is saved.
 
-The file reads from the inside out: each part uses only earlier ones, except that a connection also
-asks its server. Persistence is in three parts: store, snapshot and shutdown.
+The file reads from the inside out: each part uses only earlier ones, but for a connection, which
+also asks its server. Persistence is in three parts: store, snapshot and shutdown.
 """
 
 from __future__ import annotations
@@ -58,10 +63,10 @@ from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import unquote
 
-if sys.version_info < (3, 9):  # noqa: UP036
+if sys.version_info < (3, 9):
     sys.exit("kv.py: needs Python 3.9 or later")
 
 __version__ = "1.1.0"
@@ -77,8 +82,8 @@ class StoreClosed(Exception):
 class Store:
     """A dict of strings that any number of threads may use at once.
 
-    The lock guards the dict. A write that takes the lock before `close` takes it is in the last
-    save. A later one raises StoreClosed. So no acknowledged write is left out.
+    Each write and `close` take the lock. A write that has it before `close` is in the last save. A
+    later write raises StoreClosed. So the last save has all that was acknowledged.
     """
 
     def __init__(self, pairs: dict[str, str]) -> None:
@@ -123,17 +128,16 @@ class Store:
         """Return all pairs, in a dict that later writes leave alone."""
         with self._lock:
             self.has_changed = False
-            # Writes go on during a save, so the save gets a copy. (A copy shares the strings: 30 ms
-            # for a million pairs.) After `close`, there are no writes.
+            # Writes go on during a save, so the save gets a copy. It shares the strings, and takes
+            # 30 ms for a million pairs. After `close` there are no writes, and no copy is needed.
             return self._pairs if self._closed else self._pairs.copy()
 
 
 # ---- Snapshot: all pairs in a file ----
 #
 # The file is a pickle of the dict, then the SHA-256 digest of that pickle. A crash must not leave
-# half a file. So each save writes a new one, and renames it over the old one when it is complete. A
-# load must not believe a damaged file. A pickle can also name functions to be called, and the load
-# refuses all of them.
+# half a file. So each save writes a new file, and renames it over the old one when it is complete.
+# A load refuses a damaged file, and a pickle that names a function to call.
 
 
 class NoFunctions(pickle.Unpickler):
@@ -153,13 +157,13 @@ def digest(file: BinaryIO, size: int) -> bytes:
 
 
 def write_pairs(path: str, pairs: dict[str, str]) -> None:
-    """Write a file, and return when its content is on the disk. Raises OSError or MemoryError."""
+    """Write a file, and sync it to the disk. Raises OSError or MemoryError."""
     with open(path, "w+b") as file:
         pickler = pickle.Pickler(file, protocol=4)
         pickler.fast = True  # else it keeps an index of all strings, a third of the store's size
         pickler.dump(pairs)
-        # A pickler cannot hash what it writes, so the file is read back.
-        file.write(digest(file, file.tell()))
+        size = file.tell()
+        file.write(digest(file, size))  # which has read the pickle, and so stands at its end
         file.flush()
         os.fsync(file.fileno())
 
@@ -171,7 +175,8 @@ def read_pairs(path: str) -> dict[str, str]:
     read (FileNotFoundError if there is none), MemoryError if it does not fit into memory.
     """
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END) - hashlib.sha256().digest_size  # of the pickle
+        # Of the pickle, in bytes.
+        size = file.seek(0, os.SEEK_END) - hashlib.sha256().digest_size
         if size <= 0:
             raise ValueError("too short")
         if digest(file, size) != file.read():
@@ -182,20 +187,23 @@ def read_pairs(path: str) -> dict[str, str]:
             for texts in (pairs.keys(), pairs.values()):
                 for text in texts:
                     str.encode(text)  # raises for anything but a str, and for half a surrogate pair
-            if file.tell() != size:
-                raise ValueError("something stands behind the pickle")
         except (MemoryError, OSError):
             raise  # the file may be good
         except Exception as error:  # the pickle module does not promise which
             raise ValueError(f"not a dict of UTF-8 strings: {error}") from error
+        if file.tell() != size:
+            raise ValueError("not a dict of UTF-8 strings, and nothing else")
     return pairs
 
 
 class Snapshot:
-    """The snapshot in a working directory."""
+    """The snapshot in a working directory.
+
+    Each save looks the directory up by its whole path, as an administrator may have mounted a
+    network share there once more. `.` and an open descriptor would still mean the old mount.
+    """
 
     def __init__(self, directory: str) -> None:
-        # The whole path: when a network share is mounted anew, `.` still means the old mount.
         self._directory = os.path.join(os.getcwd(), directory)
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
@@ -230,12 +238,11 @@ class Snapshot:
 
     def _sync_directory(self) -> None:
         """Return when the names in the directory are on the disk."""
-        # Opened each time, because a network share may have been mounted anew.
         directory = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(directory)
         except OSError as error:
-            # CIFS and shared folders of virtual machines cannot: no more can be asked of them.
+            # CIFS and the shared folders of virtual machines cannot sync a directory.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -246,25 +253,28 @@ class Snapshot:
 
 
 class Log:
-    """Lines on stderr. If nobody reads them, a line is dropped rather than waited for."""
+    """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
+
+    For a file, there is always room. For a pipe, select() tells whether it has room for PIPE_BUF
+    bytes. For a terminal, it tells only that there is some room, so a write must not block.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptor = 2
         with contextlib.suppress(OSError):  # no terminal, or one that we may not open
-            # A terminal may have room for a part of a line only, and a write would wait for more.
-            # Opened anew, because O_NONBLOCK on descriptor 2 would apply to the shell, too.
+            # Opened once more, because O_NONBLOCK on descriptor 2 would apply to the shell, too.
             self._descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, *parts: object) -> None:
-        if sys.stderr is None:  # it was closed at the start, and 2 may be another file by now
+        if sys.stderr is None:  # closed before the start, so descriptor 2 may be another file
             return
-        # The lock keeps other threads from using the room that select sees.
+        # The lock keeps other threads from filling the pipe between select() and write().
         with self._lock, contextlib.suppress(Exception):  # no reader is left, or no memory
+            # An exception may have an empty str(): MemoryError().
             message = " ".join(str(part) or repr(part) for part in ("kv.py:", *parts))
             line = message.encode(errors="backslashreplace")
             if select.select([], [self._descriptor], [], 0)[1]:
-                # If select sees room in a pipe, it is at least PIPE_BUF bytes.
                 os.write(self._descriptor, line[: select.PIPE_BUF - 1] + b"\n")
 
     def error(self, error: BaseException) -> None:
@@ -292,14 +302,14 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# localhost, kv, 127.0.0.1 or [::1]: no stranger can own a name of one label, or an address. Other
-# names are refused because of DNS rebinding: whoever owns a.example can have it resolve to
+# A Host that a server on a loopback address serves: localhost, kv, 127.0.0.1, [::1], none. A name
+# with a dot may be an attack by DNS rebinding: whoever owns a.example can have it resolve to
 # 127.0.0.1, and then a browser lets the pages of a.example read this server.
 LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
-# GET /kv/a?query HTTP/1.1
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([0-9])")
-# http://localhost:8080/kv/a, as a proxy may send it: RFC 9112 3.2.2
-ABSOLUTE_TARGET = re.compile(rb"(?i:https?)://(" + HOST + PORT + rb")((?:[/?].*)?)")
+# GET /kv/a?query HTTP/1.1, or GET http://localhost:8080/kv/a?query HTTP/1.1: RFC 9112 3.2.2
+REQUEST_LINE = re.compile(
+    rb"(" + TOKEN + rb") (?:(?i:https?)://(" + HOST + PORT + rb"))?(/[!-~]*) HTTP/1\.([0-9])"
+)
 # Accept: text/plain. RFC 9112 5 allows no white space before the colon, and no folded lines.
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 LENGTH = re.compile(rb"[0-9]{1,4000}")  # int() refuses more than 4,300 digits
@@ -307,12 +317,12 @@ LENGTH = re.compile(rb"[0-9]{1,4000}")  # int() refuses more than 4,300 digits
 CHARSET = re.compile(rb"; *charset *= *\"?([^\";, ]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# A bare LF, or another control character than tab, CR and LF.
+# An LF without CR, or a control character other than tab, LF and CR.
 NEVER_IN_A_LINE = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class Refusal(Exception):
-    """A request that is answered with an error: its status, a line of text, one more field line."""
+    """The answer to a request that is refused: a status, a line of text, perhaps a field line."""
 
     def __init__(self, status: int, text: str, field: bytes = b"") -> None:
         self.status, self.text, self.field = status, text, field
@@ -323,13 +333,7 @@ def parse_request_line(line: bytes) -> tuple[str, bytes | None, str, bool]:
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
-    method, target, minor = match.groups()
-    host = None
-    if not target.startswith(b"/"):
-        absolute = ABSOLUTE_TARGET.fullmatch(target)
-        if not absolute:
-            raise Refusal(400, "malformed request target")
-        host, target = absolute.groups()
+    method, host, target, minor = match.groups()
     path = target.partition(b"?")[0]
     # A later minor version is HTTP/1.1 with additions that we may ignore: RFC 9110 2.5.
     return method.decode(), host, path.decode(), minor != b"0"
@@ -395,21 +399,17 @@ def check_write(values: Values) -> None:
         raise Refusal(415, "a value is UTF-8 text, not of another charset")
 
 
-class Fields(NamedTuple):
-    """What the header fields of a request mean for this server."""
-
-    length: int | None  # of the body, in bytes; None if it comes in chunks
-    keep_alive: bool
-    expects_continue: bool
-
-
-# Most clients send the same header again and again, and parsing it costs more than all the rest. So
-# results are remembered. They depend on the arguments alone, which are without path and body.
+# To parse a header costs more than all the rest of a request, and most clients repeat their header
+# byte for byte. So the last 128 results are remembered, but no Refusal. A result depends on the
+# arguments alone. Path and body, which differ from request to request, are not among them.
 @functools.lru_cache
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, checks_host: bool
-) -> Fields:
-    """Return what the field lines mean, or refuse the request for one of them."""
+) -> tuple[int | None, bool, bool]:
+    """Return the body's length, whether to keep the connection, and whether to send a 100.
+
+    The block has the field lines. If they are reason enough to refuse the request, it is refused.
+    """
     values: Values = {}
     for line in block.split(b"\r\n") if block else ():
         name, value = parse_field(line)
@@ -422,34 +422,22 @@ def parse_fields(
     options = list_members(values, b"connection")  # RFC 9112 9.3
     keep_alive = b"close" not in options and (http11 or b"keep-alive" in options)
     expects_continue = http11 and b"100-continue" in list_members(values, b"expect")
-    return Fields(find_length(values, http11), keep_alive, expects_continue)
-
-
-@functools.lru_cache  # so it is made once a second for each status
-def answer_head(status: int, second: int) -> bytes:
-    """Return the beginning of each answer with this status in this second: RFC 9110 6.6.1."""
-    return (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-        f"Date: {formatdate(second, usegmt=True)}\r\n"
-        "Content-Type: text/plain; charset=utf-8\r\n"
-        "X-Content-Type-Options: nosniff\r\n"  # or a web page could load a value as a script
-        "Cache-Control: no-store\r\n"  # or a cache in front could serve a value that is gone
-    ).encode()
+    return find_length(values, http11), keep_alive, expects_continue
 
 
 # ---- API: what a request does to the store, and how it is answered ----
 #
-# These functions return the body of an answer with the status 200, or raise a Refusal whose text is
-# the body. Other parts refuse a request with
+# These functions return the body of an answer with the status 200, or raise a Refusal. All take the
+# same arguments, so that a table can hold them. Other parts refuse a request, too:
 #
-#     400, 415, 501   if a field would change what a write means: see check_write
-#     413             if the value is over MAX_VALUE
-#     421             if it is for another host: see LOCAL_HOST
-#     503             if it is a write, and comes too late in a shutdown: see StoreClosed
-#     400, 408, 414, 431, 501   if it breaks HTTP's rules, is too slow or too large
+#     400, 415, 501   a field would change what a write means: see check_write
+#     400, 408, 414, 431, 501   it breaks the rules of HTTP, is too slow or too large
+#     413             its value is over MAX_VALUE
+#     421             it is for another host, on a loopback address: see LOCAL_HOST
+#     503             it is a write, and comes too late in a shutdown: see StoreClosed
 #
-# No answer has a CORS field, so browsers do not let a page of another origin read it. Before a PUT
-# or DELETE of such a page, a browser sends OPTIONS. That is refused, so it never sends the write.
+# No answer has a CORS field, so a browser does not let a page of another origin read it. Before a
+# browser sends a PUT or DELETE for such a page, it asks by OPTIONS, and is refused here.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -512,31 +500,26 @@ def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
 
 
 # ---- Workers: the threads that serve connections ----
-#
-# The life of a connection: it is *accepted*, then *in hand* (a worker has it, or it waits for one),
-# then *parked* (it is idle, and needs no thread), then in hand again, and so on, until it is
-# *closed*. Workers are threads that serve requests. One more thread, the *acceptor*, accepts
-# connections, gives them to workers, watches the parked ones, and closes what is idle for too long.
 
 
 class Workers:
     """The worker threads, and the queue in which connections wait for one of them.
 
-    A worker that takes a connection starts another worker if none is free. The acceptor has no time
-    for that. Workers never end: a thousand idle ones take 20 MB.
+    A worker that takes a connection starts one more worker if none is free, as the acceptor has no
+    time for that. Free workers stay: a thousand of them take 20 MB.
     """
 
-    # A stalled client holds a worker for up to 15 s. Fewer workers would be used up by fewer such
-    # clients, more would take more memory.
+    # Each stalled client holds a worker until it is given up. With fewer workers, fewer such
+    # clients would hold up everybody. More workers would take more memory.
     MOST_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
         self._serve = serve
         self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # for the three values below
+        self._lock = threading.Lock()  # to change the three values below
         self._threads = 0
-        self.in_hand = 0  # how many connections are in the queue or with a worker
-        self.last_change = 0.0  # of in_hand, on the monotonic clock
+        self.in_hand = 0  # connections that wait for a worker, or have one
+        self.last_change = 0.0  # when in_hand last changed, on the monotonic clock
         self._start_one_if_none_is_free()
 
     def give(self, connection: Connection) -> None:
@@ -545,16 +528,13 @@ class Workers:
             self.in_hand += 1
             self.last_change = time.monotonic()
 
-    def _free(self) -> int:
-        """Return how many workers are free. If it is negative, that many connections wait."""
-        return self._threads - self.in_hand
-
     def is_anybody_waiting(self) -> bool:
-        return self._free() < 0
+        return self.in_hand > self._threads
 
     def _start_one_if_none_is_free(self) -> None:
         with self._lock:
-            if self._free() <= 0 and self._threads < self.MOST_THREADS:
+            is_one_free = self.in_hand < self._threads
+            if not is_one_free and self._threads < self.MOST_THREADS:
                 # Not by Thread.start(), which waits until the new thread has begun to run.
                 _thread.start_new_thread(self._work, ())
                 self._threads += 1
@@ -563,7 +543,7 @@ class Workers:
         while True:
             connection = self._queue.get()
             try:
-                with contextlib.suppress(RuntimeError, MemoryError):  # then the others have to do
+                with contextlib.suppress(RuntimeError, MemoryError):  # no more threads are possible
                     self._start_one_if_none_is_free()
                 self._serve(connection)
             finally:
@@ -576,19 +556,31 @@ class Workers:
 
 # How many seconds a worker waits for the next request before it parks a connection. A busy client
 # sends it within that time, which saves a hand-over between threads. A longer time would tie up
-# workers for idle clients. Other short waits are as long.
+# workers for idle clients. The server's short waits are of the same length.
 TICK = 0.2
-# How many seconds a small request may take, and how long a client may leave its answer unread. A
-# shorter time fails slow networks, a longer one lets stalled clients hold workers.
+# How many seconds a small request may take, and for how long a client may take nothing of its
+# answer. A shorter time fails slow networks, a longer one lets stalled clients hold workers.
 STALL_SECONDS = 15.0
 # How many bytes are received at once. Each worker that waits has that much memory allocated.
 RECEIVE_SIZE = 16 * 1024
 
 
+@functools.lru_cache  # so it is made once a second for each status
+def answer_head(status: int, second: int) -> bytes:
+    """Return the beginning of each answer with this status in this second: RFC 9110 6.6.1."""
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        f"Date: {formatdate(second, usegmt=True)}\r\n"
+        "Content-Type: text/plain; charset=utf-8\r\n"
+        "X-Content-Type-Options: nosniff\r\n"  # or a web page could load a value as a script
+        "Cache-Control: no-store\r\n"  # or a cache in front could serve a value that is gone
+    ).encode()
+
+
 class Connection:
     """Reads the requests of one client, and answers them.
 
-    It asks its server what one connection cannot know: whether answers say `Connection: close`, and
+    Its server knows what one connection does not: whether answers say `Connection: close`, and
     whether other connections wait for a worker.
     """
 
@@ -598,8 +590,9 @@ class Connection:
     def __init__(self, connection: socket.socket, address: Any, server: Server) -> None:
         self._socket, self._address, self._server = connection, address[0], server
         self._buffer = b""  # what has been received, and is not taken yet
-        self.is_over = False  # whether there are no more requests on it
+        self._deadline = 0.0  # for the request that is being read, on the monotonic clock
         self.idle_since = 0.0  # when it was parked, on the monotonic clock
+        self.is_over = False  # whether it is to be closed
         connection.setblocking(True)  # on BSD and macOS, it begins non-blocking like the listener
         # Nagle's algorithm would hold back an answer until the one before it is acknowledged, which
         # the client's kernel delays by 40 ms.
@@ -656,43 +649,46 @@ class Connection:
             head = self._take_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
             method, host, path, http11 = parse_request_line(line)
-            fields = parse_fields(block, method, host, http11, self._server.checks_host)
-            keep_alive = fields.keep_alive
-            body = self._take_body(fields)
-            status, answer = 200, handle(self._server.store, method, path, body)
+            length, keep_alive, expects_continue = parse_fields(
+                block, method, host, http11, self._server.checks_host
+            )
+            if expects_continue and length != 0 and not self._buffer:  # else the body is here
+                self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            body = self._take_chunks() if length is None else self._take(length)
+            status, content = 200, handle(self._server.store, method, path, body)
         except Refusal as refusal:
-            status, answer = refusal.status, refusal.text.encode() + b"\n"
+            status, content = refusal.status, refusal.text.encode() + b"\n"
             extra_fields = refusal.field
         except StoreClosed:
-            status, answer = 503, b"shutting down\n"
-        # Without the end of its body, nobody knows where the next request starts.
-        we_end = body is None or (self._server.says_close() and not self.has_begun_request())
-        self.is_over = we_end or not keep_alive
+            status, content = 503, b"shutting down\n"
+        # Without the end of this request, nobody knows where the next one starts.
+        we_close = body is None or (self._server.says_close() and not self.has_begun_request())
+        self.is_over = we_close or not keep_alive
         if self.is_over:
             extra_fields += b"Connection: close\r\n"
         elif not http11:
             extra_fields += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
-        self._answer(head or self._buffer, status, extra_fields, answer)
-        if we_end:
+        self._answer(head or self._buffer, status, extra_fields, content)
+        if we_close:  # so the client may be sending more; one that closes itself is not
             self._linger()
 
-    def _answer(self, head: bytes, status: int, extra_fields: bytes, body: bytes) -> None:
-        """Send a response in one write: two would be two packets."""
+    def _answer(self, head: bytes, status: int, extra_fields: bytes, content: bytes) -> None:
+        """Send an answer in one write: two would be two packets."""
         if self._server.verbose:
             # Quoted and cut, as a client can put anything into it.
             line = repr(head.partition(b"\r\n")[0])[1:]  # without the b of b'GET ...'
-            self._server.log(f"{self._address} {line:.1000} {status} {len(body)}")
+            self._server.log(f"{self._address} {line:.1000} {status} {len(content)}")
         beginning = answer_head(status, int(time.time()))
-        length = b"Content-Length: %d\r\n\r\n" % len(body)
-        sent_body = b"" if head.startswith(b"HEAD ") else body
-        self._socket.sendall(b"".join((beginning, extra_fields, length, sent_body)))
+        length = b"Content-Length: %d\r\n\r\n" % len(content)
+        body = b"" if head.startswith(b"HEAD ") else content
+        self._socket.sendall(b"".join((beginning, extra_fields, length, body)))
 
     def _linger(self) -> None:
         """Half-close, and throw away what comes until the client closes or pauses, 5 s at most.
 
-        The client may be sending more. Closing with unread input sends a reset, which can reach the
-        client before it has read the answer: RFC 9112 9.6.
+        Closing with unread input would send a reset, which can reach the client before it has read
+        the answer: RFC 9112 9.6.
         """
         self._socket.shutdown(socket.SHUT_WR)
         end = time.monotonic() + 5.0
@@ -705,26 +701,19 @@ class Connection:
         while True:
             text, found, rest = self._buffer.partition(end)
             if len(text) > MAX_HEAD:
-                raise Refusal(431 if b"\r\n" in text else 414, "line or header too long")
+                is_request_line = end == b"\r\n\r\n" and b"\r\n" not in text
+                raise Refusal(414 if is_request_line else 431, "line or header too long")
             if found:
                 self._buffer = rest
                 return text
-            # Whoever sends this may wait for an answer, and never send the end: a client of another
-            # protocol, such as TLS, or a person whose `nc` ends lines with LF alone.
+            # Refused at once, because such a client may wait for an answer before it sends more: it
+            # speaks TLS, or it is a person with an `nc` that ends lines with LF alone.
             if NEVER_IN_A_LINE.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
 
-    def _take_body(self, fields: Fields) -> bytes:
-        """Take the body out of the buffer, and so find the request's end: RFC 9112 6.3."""
-        if fields.length == 0:
-            return b""
-        if fields.expects_continue and not self._buffer:  # else the body is on its way
-            self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._take_chunks() if fields.length is None else self._take(fields.length)
-
     def _take_chunks(self) -> bytes:
-        """RFC 9112 7.1: chunks, one of size 0, then trailer fields, which are only checked."""
+        """RFC 9112 7.1: chunks, the last one of size 0, then trailer fields, which are not used."""
         body = bytearray()
         while True:
             match = CHUNK.fullmatch(self._take_until(b"\r\n"))
@@ -761,7 +750,7 @@ class Connection:
                 continue
             if not received:
                 raise ConnectionAbortedError("the request breaks off")
-            # Large bodies take longer. So each KiB moves the deadline by a second, but never to
+            # As large bodies take longer, each KiB moves the deadline by a second, but never to
             # more than STALL_SECONDS from now.
             later = self._deadline + len(received) / 1024
             self._deadline = min(later, time.monotonic() + STALL_SECONDS)
@@ -773,34 +762,31 @@ class Connection:
 
 
 class Server(ThreadingHTTPServer):
-    """The listener, the parked connections, and the acceptor, a thread that cares for both.
+    """The listener, the parked connections, and the acceptor thread, which takes care of both.
 
-    Most people's first server is a ThreadingHTTPServer. This one keeps how that class listens,
-    accepts and closes, but not its loop, serve_forever(), which gives each connection a thread of
-    its own, even an idle one. So shutdown(), which waits for that loop to end, is not for this one.
+    It inherits how a ThreadingHTTPServer listens, accepts and closes. But serve_forever() would
+    give each connection a thread, even an idle one. So it is never called, and neither is
+    shutdown(), which would wait for ever for serve_forever() to end.
 
-    The selector watches the listener and the parked connections. Workers and the acceptor meet
-    there, and hold `_lock` while they change it:
+    The acceptor and the workers meet at the selector, and hold `_lock` to change it:
     - A worker registers a connection, which parks it. From then on, the worker must not touch it,
       as another worker may already have it.
-    - The acceptor unregisters a connection, either to give it to a worker, because something has
-      arrived, or to close it, because it has been idle for too long.
+    - The acceptor unregisters a connection, to give it to a worker when something has arrived, or
+      to close it when it has been idle for too long.
     """
 
     allow_reuse_port = False  # or some releases of Python share the port with another server
-    # With the default of 5, a burst of clients is left to retransmission by their kernels: 1 s,
-    # 3 s, 7 s. The kernel lowers this to what it allows (somaxconn, 4,096 on Linux).
+    # The length of the listen queue, which the kernel lowers to what it allows (4,096 on Linux). A
+    # client that finds the queue full tries again after 1, 3 and 7 s.
     request_queue_size = 65_535
-    # HTTPServer's would ask the name service for the name of this host, which can take long.
+    # HTTPServer's own would ask the name service for this host's name, which can take long.
     server_bind = socketserver.TCPServer.server_bind
     # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s
     # (nginx, most load balancers) or 90 s (Go). If we closed first, we could cut off a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server, which has to make room. A client whose first packet was lost sends
-    # it again within 7 s.
+    # The same in a full server, which has to make room. The first request of a client may take 7 s
+    # if packets are lost.
     IDLE_SECONDS_FULL = 10.0
-    # How many seconds after a stop parked connections are closed, even if others are busy.
-    IDLE_SECONDS_STOPPING = 2.0
     # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
 
@@ -810,18 +796,18 @@ class Server(ThreadingHTTPServer):
         self.address_family = info[0]
         super().__init__(info[4], socketserver.BaseRequestHandler)  # of which it makes none
         self.socket.setblocking(False)
-        # Behind a loopback address, the only strangers are web pages in a browser here.
+        # Other addresses are for other machines, which may know this one by any name.
         self.checks_host = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
         self.store, self.log, self.verbose = store, log, verbose
         self.workers = Workers(self._serve_or_park)
         self._lock = threading.Lock()
-        # In the order of registration: the listener, then the parked ones, the longest idle first.
         # Epoll and kqueue see at once what a worker registers while the acceptor waits.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free descriptor. So all below the listener's are in use.
-        free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
-        self._most_open = max(2, free - self.RESERVED_DESCRIPTORS)
+        # The system hands out the lowest free descriptor. So all below the listener's are in use,
+        # and the others are for the listener and the connections.
+        others = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
+        self._most_open = max(2, others - self.RESERVED_DESCRIPTORS)  # at least one connection
         self._is_full = False
         self._is_listening = True
         self._stopping_since = 0.0  # on the monotonic clock, 0 if not stopping
@@ -829,32 +815,34 @@ class Server(ThreadingHTTPServer):
         self._acceptor.start()
 
     def stop(self) -> None:
-        """Keep new clients out, and have the acceptor end when the last connection is closed.
+        """Refuse new clients, and have the acceptor end when the last connection is closed.
 
-        A client that connects just before the listener is closed would be reset. And clients that
-        read `Connection: close` connect again, so the listen queue might never be empty.
+        The acceptor closes the listener when the listen queue is empty. If clients could still come
+        in, one that comes just before the close would be reset. And those that have read
+        `Connection: close` would connect again, so that the queue might never be empty.
         """
+        SO_BINDTOIFINDEX = 62
         try:
-            # SO_BINDTOIFINDEX, with a network interface that does not exist. From now on, Linux
-            # refuses new clients. Those in the listen queue stay there.
-            self.socket.setsockopt(socket.SOL_SOCKET, 62, 2**31 - 1)
-        except OSError:  # another system, before Linux 5.7, a sandbox: at least, a short queue
-            self.socket.listen(0)
-        self._stopping_since = time.monotonic()  # last: the acceptor closes an empty queue now
+            # From now on, Linux lets clients in only through a network interface that has this
+            # number, and none has. Those that are in the listen queue stay in it.
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, 2**31 - 1)
+        except OSError:  # on macOS, on Linux before 5.7, in some sandboxes
+            self.socket.listen(0)  # the next best: make the queue short
+        self._stopping_since = time.monotonic()
 
     def join(self, until: float) -> bool:
-        """Wait for the last connection to close, until that time at most; return whether it has."""
-        self._acceptor.join(max(0.0, until - time.monotonic()))
+        """Wait for the acceptor to end, for 1 s and until then at most; return whether it has."""
+        self._acceptor.join(max(0.0, min(1.0, until - time.monotonic())))
         return not self._acceptor.is_alive()
 
     def says_close(self) -> bool:
-        """Whether answers say `Connection: close`, so that nothing is on its way at the close."""
+        """Whether answers say `Connection: close`, as the server has to get rid of connections."""
         return self._is_full or self._stopping_since > 0
 
     def count_open(self) -> int:
         """Count the connections, and the listener until it is closed."""
-        # In this order: a worker parks a connection, and then takes it out of in_hand. So one may
-        # be counted twice, but none is missed.
+        # The acceptor asks for in_hand first, because a worker parks a connection first and takes
+        # it off in_hand then. So one may be counted twice, but none is missed.
         return self.workers.in_hand + len(self._selector.get_map())
 
     def _run_acceptor(self) -> None:
@@ -869,13 +857,13 @@ class Server(ThreadingHTTPServer):
         """Give to workers what has arrived, accept, and close what is idle for too long."""
         says_close = self.says_close()
         if says_close:
-            # When full, a client in the listen queue makes each select() return at once. When
-            # stopping, nothing wakes select() after the last close. So poll.
+            # So poll. When full, a client in the listen queue would make each select() return at
+            # once. When stopping, no select() sees that a worker closes the last connection.
             time.sleep(0.02)
-        for key, _ in self._selector.select(0.0 if says_close else TICK):
-            if key.data:  # a connection, not the listener
-                self._unpark(key.data)
-                self.workers.give(key.data)
+        for ready, _ in self._selector.select(0.0 if says_close else TICK):
+            if ready.data:  # a connection, not the listener
+                self._unpark(ready.data)
+                self.workers.give(ready.data)
         if self._is_listening:
             self._accept()
         if not self._stopping_since:
@@ -884,8 +872,8 @@ class Server(ThreadingHTTPServer):
             self._close_idle(0.0)
 
     def _accept(self) -> None:
-        """Accept the clients in the listen queue; when stopping and it is empty, close it."""
-        is_stopping = self._stopping_since > 0  # asked first: then, an empty queue stays empty
+        """Accept the clients in the listen queue. When stopping, close the listener after them."""
+        is_stopping = self._stopping_since > 0  # if so, an empty queue stays empty: see stop()
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self.count_open() >= self._most_open
@@ -894,23 +882,23 @@ class Server(ThreadingHTTPServer):
                 self.workers.give(Connection(*self.get_request(), self))
         except BlockingIOError:  # the queue is empty
             if is_stopping:
-                self._selector.unregister(self.socket)
+                with self._lock:
+                    self._selector.unregister(self.socket)
                 self._is_listening = False
                 self.server_close()
-        except OSError:  # mostly, other programs have used up the system's descriptors
-            self._is_full = True
+        except OSError as error:  # others have used up the descriptors, or the client has left
+            self._is_full = error.errno in (errno.EMFILE, errno.ENFILE)
 
     def _may_close_all(self) -> bool:
         """Whether, in a shutdown, the parked connections can be closed."""
-        # A client may send on one connection before it reads `Connection: close` on another. So
-        # wait for a tick in which no connection comes to a worker or leaves one.
+        # A client that has several connections sends its next request on any of them. So while
+        # connections come to workers or leave them, none is closed.
         now = time.monotonic()
         is_quiet = now - max(self._stopping_since, self.workers.last_change) >= TICK
-        is_late = now - self._stopping_since >= self.IDLE_SECONDS_STOPPING
-        return is_quiet or is_late
+        return is_quiet or now - self._stopping_since >= 2.0
 
     def _close_idle(self, limit: float) -> None:
-        """Close what has been parked for longer, unless something has arrived after all."""
+        """Close what has been parked for that many seconds, unless something has arrived by now."""
         while True:
             connection = self._longest_parked()
             if not connection or time.monotonic() - connection.idle_since < limit:
@@ -923,15 +911,22 @@ class Server(ThreadingHTTPServer):
 
     def _longest_parked(self) -> Connection | None:
         with self._lock:
-            return next((key.data for key in self._selector.get_map().values() if key.data), None)
+            # In the order in which they were registered; the listener is the first, without data.
+            watched = self._selector.get_map().values()
+            return next((each.data for each in watched if each.data), None)
+
+    def _park(self, connection: Connection) -> None:
+        with self._lock:
+            connection.idle_since = time.monotonic()
+            self._selector.register(connection, selectors.EVENT_READ, connection)
 
     def _unpark(self, connection: Connection) -> None:
-        """Take it out of the selector: before its close, as its descriptor may be used again."""
+        # Always before the close, after which another connection may have the same descriptor.
         with self._lock:
             self._selector.unregister(connection)
 
     def _serve_or_park(self, connection: Connection) -> None:
-        """Serve a connection, then close it, queue it again, or park it. A worker runs this."""
+        """Serve a connection in a worker; then close it, queue it again, or park it."""
         try:
             connection.serve()
             if connection.is_over:
@@ -939,9 +934,7 @@ class Server(ThreadingHTTPServer):
             elif connection.has_begun_request():
                 self.workers.give(connection)
             else:
-                connection.idle_since = time.monotonic()
-                with self._lock:
-                    self._selector.register(connection, selectors.EVENT_READ, connection)
+                self._park(connection)
         except OSError:
             connection.close()  # mostly, the client is gone, or does not read
         except Exception as error:  # a mistake in this program, or a lack of memory
@@ -956,8 +949,7 @@ SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}
 # What people and supervisors send again when they have lost patience.
 IMPATIENT = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
 
-
-Save = Callable[[], bool]  # returns whether it worked
+Save = Callable[[], bool]  # a function that saves the store, and returns whether that worked
 
 
 def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
@@ -974,7 +966,7 @@ def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
     return True
 
 
-def wait_for_stop(store: Store, save: Save, stop_signals: set[Any]) -> tuple[Any, float]:
+def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int, float]:
     """Save when asked to. Return the signal that stops the server, and when its time began."""
     while True:
         received = signal.sigwait(stop_signals | SAVE_SIGNALS)
@@ -991,19 +983,20 @@ def wait_for_stop(store: Store, save: Save, stop_signals: set[Any]) -> tuple[Any
 def drain(server: Server, save: Save, begin: float, end: float) -> None:
     """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
     server.stop()
-    is_over = server.join(min(time.monotonic() + 1.0, end))
-    # Under npm, one Ctrl-C arrives twice, from the terminal and from npm. So a signal of the first
-    # second does not count.
+    is_drained = server.join(end)
+    # Under npm, one Ctrl-C arrives twice, from the terminal and from npm. So what has come within
+    # the first second does not count.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
-    if not is_over:
-        what = f"{server.count_open()} connection(s), {end - time.monotonic():.0f} s at most"
+    if not is_drained:
+        left = max(0.0, end - time.monotonic())
+        what = f"{server.count_open()} connection(s), {left:.0f} s at most"
         server.log(f"waiting for {what}; SIGTERM or Ctrl-C ends that")
-    while not is_over and time.monotonic() < end and not signal.sigpending() & IMPATIENT:
+    while not is_drained and time.monotonic() < end and not signal.sigpending() & IMPATIENT:
         # In case SIGKILL comes before the last save.
         if server.store.has_changed:
             save()
-        is_over = server.join(min(time.monotonic() + 1.0, end))
+        is_drained = server.join(end)
     server.log(f"drained in {time.monotonic() - begin:.2f} s, {server.workers.in_hand} given up")
 
 
@@ -1067,7 +1060,7 @@ def raise_descriptor_limit() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard == resource.RLIM_INFINITY:  # macOS, which allows less than it says
         hard = 10_240
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # it works with fewer, too
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -1093,12 +1086,12 @@ def dump(snapshot: Snapshot) -> None:
             stdout.write(line.encode() + b"\n")
 
 
-def block_signals() -> set[Any]:
+def block_signals() -> set[int]:
     """Have signals wait until the main thread asks for them; return those that stop the server.
 
-    A handler would interrupt the main thread anywhere. If it then waits for that thread, it waits
-    for ever: for a lock which the thread holds, or, in Server.shutdown(), for serve_forever() to
-    end. Threads that are started later block the same signals.
+    A signal handler interrupts the main thread, which goes on when the handler returns. So a
+    handler that waits for the main thread waits for ever, be it for a lock to be released or, in
+    shutdown(), for serve_forever() to end. Threads that start later block the same signals.
     """
     # Every signal stops the server except these. Some exist only on some systems.
     names = (
@@ -1107,16 +1100,17 @@ def block_signals() -> set[Any]:
         "SIGCHLD SIGINFO SIGURG SIGWINCH"  # ignored by default
     )
     not_stopping = {getattr(signal, name, None) for name in names.split()} | SAVE_SIGNALS
-    # What nohup or Python ignores stays ignored. SIGTERM does not, as supervisors rely on it.
+    # What nohup or Python ignores stays ignored, except SIGTERM, on which supervisors rely.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     possible = signal.valid_signals() - not_stopping
-    stop_signals = {number for number in possible if signal.getsignal(number) != signal.SIG_IGN}
+    stop_signals: set[int] = {n for n in possible if signal.getsignal(n) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS)
     return stop_signals
 
 
 def main() -> None:
     arguments = parse_arguments()
+    # What is being tried, for the message if it fails.
     task = f"use the working directory {arguments.working_dir!r} (see --working-dir)"
     try:
         snapshot = Snapshot(arguments.working_dir)
