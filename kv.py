@@ -18,19 +18,18 @@ All pairs live in memory. A signal such as SIGTERM or Ctrl-C begins a shutdown, 
 a snapshot in the working directory. The next start reads the snapshot. A crash loses what was
 written since the last snapshot. A shutdown has four steps:
 
-    Stop    New clients are refused. Those in the listen queue are still accepted. Answers say
+    Stop    No more clients are let into the listen queue, and those in it are accepted. Answers say
             `Connection: close`, unless the next request has been received together with this one.
-    Idle    Requests on parked connections are served, until no connection has come to a worker or
-            left one for 0.2 s, or until 2 s have passed. Then the parked connections are closed.
+    Idle    Requests on parked connections are still served. When none has been answered for 0.2 s,
+            or after 2 s, the parked connections are closed.
     Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
             since the signal (12 s of 15 s). After the first second, changes are saved each second.
     Save    Writes are answered 503, and the last snapshot is written.
 
-If no client stalls and the store is small, this takes less than half a second. Exit code 0 means
-that all is saved.
+If no client stalls and the store is small, this takes about 0.3 s. Exit code 0 means saved.
 
-The file reads from the inside out: each part uses only earlier ones, but for a connection, which
-also asks its server. Persistence is in three parts: store, snapshot and shutdown.
+The file reads from the inside out: each part uses only earlier parts. One exception: a connection
+asks its server two questions. Persistence is in three parts: store, snapshot and shutdown.
 """
 
 from __future__ import annotations
@@ -82,8 +81,8 @@ class StoreClosed(Exception):
 class Store:
     """A dict of strings that any number of threads may use at once.
 
-    Each write and `close` take the lock. A write that has it before `close` is in the last save. A
-    later write raises StoreClosed. So the last save has all that was acknowledged.
+    Writes and `close` take the same lock. So each write either comes before `close`, and is part of
+    the last save, or comes after it, and raises StoreClosed.
     """
 
     def __init__(self, pairs: dict[str, str]) -> None:
@@ -163,7 +162,7 @@ def write_pairs(path: str, pairs: dict[str, str]) -> None:
         pickler.fast = True  # else it keeps an index of all strings, a third of the store's size
         pickler.dump(pairs)
         size = file.tell()
-        file.write(digest(file, size))  # which has read the pickle, and so stands at its end
+        file.write(digest(file, size))  # digest() has read to the end of the pickle
         file.flush()
         os.fsync(file.fileno())
 
@@ -175,7 +174,7 @@ def read_pairs(path: str) -> dict[str, str]:
     read (FileNotFoundError if there is none), MemoryError if it does not fit into memory.
     """
     with open(path, "rb") as file:
-        # Of the pickle, in bytes.
+        # The size of the pickle: the file without the digest.
         size = file.seek(0, os.SEEK_END) - hashlib.sha256().digest_size
         if size <= 0:
             raise ValueError("too short")
@@ -191,7 +190,7 @@ def read_pairs(path: str) -> dict[str, str]:
             raise  # the file may be good
         except Exception as error:  # the pickle module does not promise which
             raise ValueError(f"not a dict of UTF-8 strings: {error}") from error
-        if file.tell() != size:
+        if file.tell() != size:  # the next save would drop what comes after the pickle
             raise ValueError("not a dict of UTF-8 strings, and nothing else")
     return pairs
 
@@ -199,8 +198,8 @@ def read_pairs(path: str) -> dict[str, str]:
 class Snapshot:
     """The snapshot in a working directory.
 
-    Each save looks the directory up by its whole path, as an administrator may have mounted a
-    network share there once more. `.` and an open descriptor would still mean the old mount.
+    After a network share has been unmounted and mounted again, `.` and an open descriptor still
+    lead to the old mount. So each save goes by the whole path.
     """
 
     def __init__(self, directory: str) -> None:
@@ -255,15 +254,15 @@ class Snapshot:
 class Log:
     """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
 
-    For a file, there is always room. For a pipe, select() tells whether it has room for PIPE_BUF
-    bytes. For a terminal, it tells only that there is some room, so a write must not block.
+    A file always takes a line. select() tells whether a pipe or a socket takes PIPE_BUF bytes, but
+    of a terminal only whether it takes anything. So a terminal is opened again, without blocking.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptor = 2
         with contextlib.suppress(OSError):  # no terminal, or one that we may not open
-            # Opened once more, because O_NONBLOCK on descriptor 2 would apply to the shell, too.
+            # On descriptor 2 itself, O_NONBLOCK would apply to the shell, too.
             self._descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, *parts: object) -> None:
@@ -286,8 +285,8 @@ class Log:
 
 # ---- Request syntax: RFC 9110 (HTTP) and RFC 9112 (HTTP/1.1) ----
 #
-# A server and the proxy in front of it must agree where each request ends, or one client's bytes
-# become another client's request. So nothing about these ends is guessed.
+# A server and the proxy in front of it must agree where each request ends. Otherwise one client's
+# bytes become another client's request. So a request whose end is ambiguous is refused.
 
 # The largest value, in bytes. Receiving a value takes several times its size in memory.
 MAX_VALUE = 10 * 1024 * 1024
@@ -302,8 +301,8 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# A Host that a server on a loopback address serves: localhost, kv, 127.0.0.1, [::1], none. A name
-# with a dot may be an attack by DNS rebinding: whoever owns a.example can have it resolve to
+# The valid Host values that a server on a loopback address accepts: localhost, kv, 127.0.0.1, [::1]
+# and none. A name with a dot may be DNS rebinding: the owner of a.example can have it resolve to
 # 127.0.0.1, and then a browser lets the pages of a.example read this server.
 LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
 # GET /kv/a?query HTTP/1.1, or GET http://localhost:8080/kv/a?query HTTP/1.1: RFC 9112 3.2.2
@@ -314,7 +313,7 @@ REQUEST_LINE = re.compile(
 FIELD = re.compile(rb"(" + TOKEN + rb"):(" + TEXT + rb")")
 LENGTH = re.compile(rb"[0-9]{1,4000}")  # int() refuses more than 4,300 digits
 # text/plain; charset=utf-8
-CHARSET = re.compile(rb"; *charset *= *\"?([^\";, ]*)")
+CHARSET = re.compile(rb";[ \t]*charset[ \t]*=[ \t]*\"?([^\";, \t]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
 # An LF without CR, or a control character other than tab, LF and CR.
@@ -378,7 +377,8 @@ def find_length(values: Values, http11: bool) -> int | None:
         return None
     if not lengths:
         return 0
-    # A proxy may have used either of two lengths. int() would also take "+1", "1_0" and " 1 ".
+    # If there are two lengths, a proxy may have gone by the other one. And int() alone would take
+    # "+1", "1_0" and " 1 ", too.
     if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
         raise Refusal(400, "invalid Content-Length")
     if int(lengths[0]) > MAX_VALUE:
@@ -394,21 +394,21 @@ def check_write(values: Values) -> None:
         raise Refusal(501, "conditional writes are not supported: there are no entity tags here")
     if list_members(values, b"content-encoding") - {b"identity"}:  # RFC 9110 8.4
         raise Refusal(415, "Content-Encoding is not supported: send the value as it is")
-    content_type = b";".join(values.get(b"content-type", [])).lower()  # RFC 9110 8.3.2
-    if set(CHARSET.findall(content_type)) - {b"utf-8", b"us-ascii"}:
-        raise Refusal(415, "a value is UTF-8 text, not of another charset")
+    for content_type in values.get(b"content-type", []):  # RFC 9110 8.3.2
+        if set(CHARSET.findall(content_type.lower())) - {b"utf-8", b"us-ascii"}:
+            raise Refusal(415, "a value is UTF-8 text, not of another charset")
 
 
-# To parse a header costs more than all the rest of a request, and most clients repeat their header
-# byte for byte. So the last 128 results are remembered, but no Refusal. A result depends on the
-# arguments alone. Path and body, which differ from request to request, are not among them.
+# Parsing a header costs more than the rest of a request, and most clients repeat theirs byte for
+# byte. So results are remembered, except a Refusal. A result depends on the arguments alone. The
+# path and the body, which differ from request to request, are not among them.
 @functools.lru_cache
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, checks_host: bool
 ) -> tuple[int | None, bool, bool]:
-    """Return the body's length, whether to keep the connection, and whether to send a 100.
+    """Return the body's length, whether the client keeps the connection, and awaits a 100.
 
-    The block has the field lines. If they are reason enough to refuse the request, it is refused.
+    The block is all field lines. Raises a Refusal if they already show that one is due.
     """
     values: Values = {}
     for line in block.split(b"\r\n") if block else ():
@@ -427,17 +427,19 @@ def parse_fields(
 
 # ---- API: what a request does to the store, and how it is answered ----
 #
-# These functions return the body of an answer with the status 200, or raise a Refusal. All take the
-# same arguments, so that a table can hold them. Other parts refuse a request, too:
+# These functions return the body of an answer with the status 200, or raise a Refusal. All have the
+# same arguments, so that a table can hold them. The rest of the program gives these answers:
 #
-#     400, 415, 501   a field would change what a write means: see check_write
-#     400, 408, 414, 431, 501   it breaks the rules of HTTP, is too slow or too large
-#     413             its value is over MAX_VALUE
-#     421             it is for another host, on a loopback address: see LOCAL_HOST
-#     503             it is a write, and comes too late in a shutdown: see StoreClosed
+#     400, 415, 501             a write with a field that changes what it means: see check_write
+#     413                       a value over MAX_VALUE
+#     421                       another host, on a loopback address: see LOCAL_HOST
+#     503                       a write that is too late to be saved: see StoreClosed
+#     400, 408, 414, 431, 501   what breaks the rules of HTTP, is too slow or too large
 #
-# No answer has a CORS field, so a browser does not let a page of another origin read it. Before a
-# browser sends a PUT or DELETE for such a page, it asks by OPTIONS, and is refused here.
+# An answer to HEAD has no body. An unexpected error closes the connection without an answer.
+#
+# No answer has a CORS field, so a browser shows it to no page of another origin. Before such a page
+# can PUT or DELETE, its browser sends OPTIONS. This is refused, so the browser does not go on.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -505,28 +507,26 @@ def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
 class Workers:
     """The worker threads, and the queue in which connections wait for one of them.
 
-    A worker that takes a connection starts one more worker if none is free, as the acceptor has no
-    time for that. Free workers stay: a thousand of them take 20 MB.
+    One worker is always free, if the limit allows it: a worker that takes a connection starts
+    another worker if none is free. The acceptor starts none, as that would hold it up. Workers
+    never leave: a thousand free ones take 20 MB.
     """
 
-    # Each stalled client holds a worker until it is given up. With fewer workers, fewer such
-    # clients would hold up everybody. More workers would take more memory.
+    # So many stalled clients hold up all others. More workers would take more memory.
     MOST_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
         self._serve = serve
         self._queue: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # to change the three values below
+        self._lock = threading.Lock()  # to change the two numbers below
         self._threads = 0
         self.in_hand = 0  # connections that wait for a worker, or have one
-        self.last_change = 0.0  # when in_hand last changed, on the monotonic clock
         self._start_one_if_none_is_free()
 
     def give(self, connection: Connection) -> None:
-        with self._lock:  # so that no worker subtracts the connection before it is added
+        with self._lock:  # no worker can be done with it before it is counted
             self._queue.put(connection)
             self.in_hand += 1
-            self.last_change = time.monotonic()
 
     def is_anybody_waiting(self) -> bool:
         return self.in_hand > self._threads
@@ -549,17 +549,16 @@ class Workers:
             finally:
                 with self._lock:
                     self.in_hand -= 1
-                    self.last_change = time.monotonic()
 
 
 # ---- Connection: the requests of one client ----
 
 # How many seconds a worker waits for the next request before it parks a connection. A busy client
 # sends it within that time, which saves a hand-over between threads. A longer time would tie up
-# workers for idle clients. The server's short waits are of the same length.
+# workers for idle clients.
 TICK = 0.2
-# How many seconds a small request may take, and for how long a client may take nothing of its
-# answer. A shorter time fails slow networks, a longer one lets stalled clients hold workers.
+# How many seconds a small request may take, and how long a send may wait for a client that reads
+# nothing. A shorter time fails slow networks, a longer one lets stalled clients hold workers.
 STALL_SECONDS = 15.0
 # How many bytes are received at once. Each worker that waits has that much memory allocated.
 RECEIVE_SIZE = 16 * 1024
@@ -587,22 +586,22 @@ class Connection:
     # Slots keep an idle connection small.
     __slots__ = ("_address", "_buffer", "_deadline", "_server", "_socket", "idle_since", "is_over")
 
-    def __init__(self, connection: socket.socket, address: Any, server: Server) -> None:
-        self._socket, self._address, self._server = connection, address[0], server
+    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
+        self._socket, self._address, self._server = sock, address[0], server
         self._buffer = b""  # what has been received, and is not taken yet
         self._deadline = 0.0  # for the request that is being read, on the monotonic clock
         self.idle_since = 0.0  # when it was parked, on the monotonic clock
         self.is_over = False  # whether it is to be closed
-        connection.setblocking(True)  # on BSD and macOS, it begins non-blocking like the listener
+        sock.setblocking(True)  # on BSD and macOS, it begins non-blocking like the listener
         # Nagle's algorithm would hold back an answer until the one before it is acknowledged, which
         # the client's kernel delays by 40 ms.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A receive raises BlockingIOError after a tick, a send after STALL_SECONDS. settimeout()
         # would cost one more system call for each of them.
         tick = struct.pack("ll", 0, int(TICK * 1_000_000))
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         stall = struct.pack("ll", int(STALL_SECONDS), 0)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -618,7 +617,7 @@ class Connection:
             return True
 
     def has_begun_request(self) -> bool:
-        """Whether the buffer, which no selector sees, holds more than empty lines."""
+        """Whether the buffer has a part of a request, and not only empty lines."""
         return bool(self._buffer.strip(b"\r\n"))
 
     def serve(self) -> None:
@@ -643,8 +642,7 @@ class Connection:
         """Read a request, do what it asks for, and answer it."""
         self._deadline = time.monotonic() + STALL_SECONDS
         self._buffer = self._buffer.lstrip(b"\r\n")  # empty lines before it: RFC 9112 2.2
-        head, extra_fields, http11, keep_alive = b"", b"", True, True
-        body: bytes | None = None
+        head, extra_fields, http11, keep_alive, is_end_known = b"", b"", True, True, False
         try:
             head = self._take_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
@@ -652,17 +650,19 @@ class Connection:
             length, keep_alive, expects_continue = parse_fields(
                 block, method, host, http11, self._server.checks_host
             )
-            if expects_continue and length != 0 and not self._buffer:  # else the body is here
+            # A client that has already begun to send the body does not wait for this.
+            if expects_continue and length != 0 and not self._buffer:
                 self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = self._take_chunks() if length is None else self._take(length)
+            is_end_known = True
             status, content = 200, handle(self._server.store, method, path, body)
         except Refusal as refusal:
             status, content = refusal.status, refusal.text.encode() + b"\n"
             extra_fields = refusal.field
         except StoreClosed:
             status, content = 503, b"shutting down\n"
-        # Without the end of this request, nobody knows where the next one starts.
-        we_close = body is None or (self._server.says_close() and not self.has_begun_request())
+        # If the end of this request is unknown, so is the beginning of the next one.
+        we_close = not is_end_known or (self._server.says_close() and not self.has_begun_request())
         self.is_over = we_close or not keep_alive
         if self.is_over:
             extra_fields += b"Connection: close\r\n"
@@ -670,7 +670,7 @@ class Connection:
             extra_fields += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, content)
-        if we_close:  # so the client may be sending more; one that closes itself is not
+        if we_close:  # the client, which has not asked for it, may still be sending
             self._linger()
 
     def _answer(self, head: bytes, status: int, extra_fields: bytes, content: bytes) -> None:
@@ -680,9 +680,10 @@ class Connection:
             line = repr(head.partition(b"\r\n")[0])[1:]  # without the b of b'GET ...'
             self._server.log(f"{self._address} {line:.1000} {status} {len(content)}")
         beginning = answer_head(status, int(time.time()))
-        length = b"Content-Length: %d\r\n\r\n" % len(content)
+        length_field = b"Content-Length: %d\r\n\r\n" % len(content)
         body = b"" if head.startswith(b"HEAD ") else content
-        self._socket.sendall(b"".join((beginning, extra_fields, length, body)))
+        self._socket.sendall(b"".join((beginning, extra_fields, length_field, body)))
+        self._server.last_answer = time.monotonic()
 
     def _linger(self) -> None:
         """Half-close, and throw away what comes until the client closes or pauses, 5 s at most.
@@ -706,14 +707,14 @@ class Connection:
             if found:
                 self._buffer = rest
                 return text
-            # Refused at once, because such a client may wait for an answer before it sends more: it
-            # speaks TLS, or it is a person with an `nc` that ends lines with LF alone.
+            # The end may never come: this client speaks another protocol, such as TLS, or is a
+            # person whose `nc` ends lines with LF alone, and now waits for an answer.
             if NEVER_IN_A_LINE.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
 
     def _take_chunks(self) -> bytes:
-        """RFC 9112 7.1: chunks, the last one of size 0, then trailer fields, which are not used."""
+        """Take a chunked body and its trailer fields, which are not used: RFC 9112 7.1."""
         body = bytearray()
         while True:
             match = CHUNK.fullmatch(self._take_until(b"\r\n"))
@@ -731,7 +732,7 @@ class Connection:
             line = self._take_until(b"\r\n")
             if not line:
                 return bytes(body)
-            parse_field(line)
+            parse_field(line)  # refuses a bare LF, which may end a line for a proxy
         raise Refusal(431, "too many field lines")
 
     def _take(self, size: int) -> bytes:
@@ -750,8 +751,8 @@ class Connection:
                 continue
             if not received:
                 raise ConnectionAbortedError("the request breaks off")
-            # As large bodies take longer, each KiB moves the deadline by a second, but never to
-            # more than STALL_SECONDS from now.
+            # Large bodies take longer. So each KiB moves the deadline by a second, but it is never
+            # more than STALL_SECONDS away.
             later = self._deadline + len(received) / 1024
             self._deadline = min(later, time.monotonic() + STALL_SECONDS)
             return received
@@ -764,9 +765,9 @@ class Connection:
 class Server(ThreadingHTTPServer):
     """The listener, the parked connections, and the acceptor thread, which takes care of both.
 
-    It inherits how a ThreadingHTTPServer listens, accepts and closes. But serve_forever() would
-    give each connection a thread, even an idle one. So it is never called, and neither is
-    shutdown(), which would wait for ever for serve_forever() to end.
+    A ThreadingHTTPServer gives each connection a thread of its own, even an idle one. Here,
+    process_request() gives it to a worker, and the acceptor does the work of serve_forever(). That
+    never runs, so shutdown(), which waits for its end, would wait for ever.
 
     The acceptor and the workers meet at the selector, and hold `_lock` to change it:
     - A worker registers a connection, which parks it. From then on, the worker must not touch it,
@@ -781,50 +782,52 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 65_535
     # HTTPServer's own would ask the name service for this host's name, which can take long.
     server_bind = socketserver.TCPServer.server_bind
-    # How many seconds a connection may stay parked. Proxies and clients close theirs after 60 s
-    # (nginx, most load balancers) or 90 s (Go). If we closed first, we could cut off a request.
+    # How many seconds a connection may stay parked. Clients and proxies close idle connections
+    # after 60 s (nginx, most load balancers) or 90 s (Go). To close first could cut off a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server, which has to make room. The first request of a client may take 7 s
-    # if packets are lost.
+    # The same in a full server, which has to make room. If packets are lost, a client's first
+    # request may need 7 s.
     IDLE_SECONDS_FULL = 10.0
     # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
 
     def __init__(self, host: str, port: int, store: Store, log: Log, verbose: bool) -> None:
-        """Listen, and serve in threads; raises OSError or RuntimeError if that fails."""
+        """Listen, and begin to serve. Raises OSError or RuntimeError."""
         info: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
         super().__init__(info[4], socketserver.BaseRequestHandler)  # of which it makes none
         self.socket.setblocking(False)
         # Other addresses are for other machines, which may know this one by any name.
-        self.checks_host = bool(re.match(r"127\.|::1$|::ffff:127\.", str(self.server_address[0])))
+        address = self.socket.getsockname()[0]
+        self.checks_host = bool(re.match(r"127\.|::1$|::ffff:127\.", address))
         self.store, self.log, self.verbose = store, log, verbose
         self.workers = Workers(self._serve_or_park)
         self._lock = threading.Lock()
         # Epoll and kqueue see at once what a worker registers while the acceptor waits.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free descriptor. So all below the listener's are in use,
-        # and the others are for the listener and the connections.
-        others = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
-        self._most_open = max(2, others - self.RESERVED_DESCRIPTORS)  # at least one connection
+        # The system hands out the lowest free descriptor, so all below the listener's are in use.
+        # The rest is for the listener, the connections, and what is reserved.
+        rest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
+        self._most_open = max(2, rest - self.RESERVED_DESCRIPTORS)  # at least one connection
         self._is_full = False
         self._is_listening = True
-        self._stopping_since = 0.0  # on the monotonic clock, 0 if not stopping
+        self.last_answer = 0.0  # when one was sent, on the monotonic clock
+        self._stopping_since = 0.0  # on the same clock, 0 if not stopping
         self._acceptor = threading.Thread(target=self._run_acceptor, daemon=True)
         self._acceptor.start()
 
     def stop(self) -> None:
-        """Refuse new clients, and have the acceptor end when the last connection is closed.
+        """Let no more clients into the listen queue, and have the acceptor end after the last one.
 
-        The acceptor closes the listener when the listen queue is empty. If clients could still come
-        in, one that comes just before the close would be reset. And those that have read
-        `Connection: close` would connect again, so that the queue might never be empty.
+        The acceptor empties the queue, and then closes the listener. A client that came into the
+        queue in between would be reset. And clients that read `Connection: close` connect again,
+        so the queue might never be empty.
         """
         SO_BINDTOIFINDEX = 62
         try:
-            # From now on, Linux lets clients in only through a network interface that has this
-            # number, and none has. Those that are in the listen queue stay in it.
+            # From now on, Linux accepts new clients only from the network interface of this number,
+            # and there is none. The clients that are in the listen queue stay in it.
             self.socket.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, 2**31 - 1)
         except OSError:  # on macOS, on Linux before 5.7, in some sandboxes
             self.socket.listen(0)  # the next best: make the queue short
@@ -836,13 +839,13 @@ class Server(ThreadingHTTPServer):
         return not self._acceptor.is_alive()
 
     def says_close(self) -> bool:
-        """Whether answers say `Connection: close`, as the server has to get rid of connections."""
+        """Whether answers say `Connection: close`, to have fewer connections."""
         return self._is_full or self._stopping_since > 0
 
     def count_open(self) -> int:
         """Count the connections, and the listener until it is closed."""
-        # The acceptor asks for in_hand first, because a worker parks a connection first and takes
-        # it off in_hand then. So one may be counted twice, but none is missed.
+        # The acceptor reads in_hand first. A worker that parks a connection registers it first, and
+        # reduces in_hand then. So a connection may be counted twice, but is never missed.
         return self.workers.in_hand + len(self._selector.get_map())
 
     def _run_acceptor(self) -> None:
@@ -857,8 +860,8 @@ class Server(ThreadingHTTPServer):
         """Give to workers what has arrived, accept, and close what is idle for too long."""
         says_close = self.says_close()
         if says_close:
-            # So poll. When full, a client in the listen queue would make each select() return at
-            # once. When stopping, no select() sees that a worker closes the last connection.
+            # Poll. In a full server, a client in the listen queue wakes each select() at once. In a
+            # stopping one, no select() is woken when a worker closes the last connection.
             time.sleep(0.02)
         for ready, _ in self._selector.select(0.0 if says_close else TICK):
             if ready.data:  # a connection, not the listener
@@ -873,13 +876,13 @@ class Server(ThreadingHTTPServer):
 
     def _accept(self) -> None:
         """Accept the clients in the listen queue. When stopping, close the listener after them."""
-        is_stopping = self._stopping_since > 0  # if so, an empty queue stays empty: see stop()
+        is_stopping = self._stopping_since > 0  # if so, nobody comes into the queue: see stop()
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self.count_open() >= self._most_open
                 if self._is_full:
                     return
-                self.workers.give(Connection(*self.get_request(), self))
+                self.process_request(*self.get_request())
         except BlockingIOError:  # the queue is empty
             if is_stopping:
                 with self._lock:
@@ -889,16 +892,19 @@ class Server(ThreadingHTTPServer):
         except OSError as error:  # others have used up the descriptors, or the client has left
             self._is_full = error.errno in (errno.EMFILE, errno.ENFILE)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.workers.give(Connection(request, client_address, self))
+
     def _may_close_all(self) -> bool:
         """Whether, in a shutdown, the parked connections can be closed."""
-        # A client that has several connections sends its next request on any of them. So while
-        # connections come to workers or leave them, none is closed.
+        # A client with several connections may send its next request on any of them. So while
+        # requests are answered, none is closed.
         now = time.monotonic()
-        is_quiet = now - max(self._stopping_since, self.workers.last_change) >= TICK
+        is_quiet = now - max(self._stopping_since, self.last_answer) >= TICK
         return is_quiet or now - self._stopping_since >= 2.0
 
     def _close_idle(self, limit: float) -> None:
-        """Close what has been parked for that many seconds, unless something has arrived by now."""
+        """Close what has been parked for that many seconds, unless something has just arrived."""
         while True:
             connection = self._longest_parked()
             if not connection or time.monotonic() - connection.idle_since < limit:
@@ -976,7 +982,7 @@ def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stop_signals:
-            # It came during the save, nobody knows when. So its time counts from before the save.
+            # It came at some time during the save. So its time counts from before the save.
             return signal.sigwait(stop_signals), begin
 
 
@@ -984,8 +990,7 @@ def drain(server: Server, save: Save, begin: float, end: float) -> None:
     """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
     server.stop()
     is_drained = server.join(end)
-    # Under npm, one Ctrl-C arrives twice, from the terminal and from npm. So what has come within
-    # the first second does not count.
+    # Under npm, one Ctrl-C arrives as two signals. So those of the first second are dropped.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_drained:
@@ -1043,7 +1048,7 @@ def parse_arguments() -> argparse.Namespace:
         ("--host", "ADDRESS", (), "127.0.0.1", "where to listen"),
         ("--port", "N", (0, 65_535), 8080, "0 is any that is free"),
         ("--working-dir", "DIR", (), directory, "for the snapshot; $DATA_DIR or . if not given"),
-        ("--graceful-timeout", "SECONDS", (1, 10**6), 15, "from a signal to the exit"),
+        ("--graceful-timeout", "SECONDS", (1, 10**6), 15, "longest time from a signal to the exit"),
         ("--save-every", "SECONDS", (0, 10**6), 0, "save by itself, too; 0 is never"),
     ):
         kind = functools.partial(whole_number, *limits) if limits else str
@@ -1079,7 +1084,7 @@ def stay_on_one_core() -> None:
 
 def dump(snapshot: Snapshot) -> None:
     """Print the snapshot's pairs to stdout, as one JSON object a line."""
-    # Not sys.stdout, which would try again at the exit to write what it could not, and raise.
+    # Not sys.stdout, which would try a failed write again at the exit, and raise there.
     with open(1, "wb", closefd=False) as stdout:
         for key, value in read_pairs(snapshot.path).items():
             line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
@@ -1089,14 +1094,15 @@ def dump(snapshot: Snapshot) -> None:
 def block_signals() -> set[int]:
     """Have signals wait until the main thread asks for them; return those that stop the server.
 
-    A signal handler interrupts the main thread, which goes on when the handler returns. So a
-    handler that waits for the main thread waits for ever, be it for a lock to be released or, in
-    shutdown(), for serve_forever() to end. Threads that start later block the same signals.
+    A signal handler runs in the main thread, which cannot go on before the handler returns. So a
+    handler that waits for a lock of that thread waits for ever. So does one that calls shutdown()
+    while that thread runs serve_forever(). Threads that start later block the same signals.
     """
     # Every signal stops the server except these. Some exist only on some systems.
     names = (
         "SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP "  # signs of a crash
-        "SIGKILL SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT "  # cannot be waited for, pause, continue
+        "SIGKILL "  # cannot be blocked
+        "SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGCONT "  # pause and continue
         "SIGCHLD SIGINFO SIGURG SIGWINCH"  # ignored by default
     )
     not_stopping = {getattr(signal, name, None) for name in names.split()} | SAVE_SIGNALS
@@ -1130,7 +1136,7 @@ def main() -> None:
         server = Server(arguments.host, arguments.port, store, log, arguments.verbose)
     except Exception as error:
         sys.exit(f"kv.py: cannot {task}: {str(error) or repr(error)}")
-    host, port = map(str, server.server_address[:2])
+    host, port = server.socket.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     log(f"{len(pairs)} pair(s) in {snapshot.path!r}, listening on {url}, process {os.getpid()}")
     save = functools.partial(save_pairs, store, snapshot, log)
