@@ -8,28 +8,28 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte. --help lists the
     GET    /kv/{key}   the value
     DELETE /kv/{key}   remove the key, whether it is there or not
     DELETE /clear      remove every key
-    GET    /health     "ok"
+    GET    /health     the word ok
 
-Threads: the *acceptor* accepts connections, and *workers* serve requests. In its life, a connection
-is *accepted*, then *in hand* (it waits for a worker, or has one), then *parked* (it is idle, and
-the acceptor watches it), then in hand again, and so on, until it is *closed*.
+A thread called *acceptor* accepts connections, *workers* serve requests, the main thread saves. In
+its life, a connection is *accepted*, then *in hand* (it waits for a worker, or has one), then
+*parked* (it is idle, and the acceptor watches it), then in hand again, until it is *closed*.
 
 All pairs live in memory. A signal such as SIGTERM or Ctrl-C begins a shutdown, which writes them to
 a snapshot in the working directory. The next start reads the snapshot. A crash loses what was
 written since the last snapshot. A shutdown has four steps:
 
     Stop    No more clients are let into the listen queue, and those in it are accepted. Answers say
-            `Connection: close`, unless the next request has been received together with this one.
-    Idle    Requests on parked connections are still served. When none has been answered for 0.2 s,
-            or after 2 s, the parked connections are closed.
+            `Connection: close`, unless the client's next request has already been received.
+    Idle    A parked connection that sends a request is still served. The others are closed when no
+            request has been in hand or answered for 0.2 s, and at the latest after 2 s.
     Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
-            since the signal (12 s of 15 s). After the first second, changes are saved each second.
+            since the signal (12 s of 15 s). After a second, changes are saved once a second.
     Save    Writes are answered 503, and the last snapshot is written.
 
 If no client stalls and the store is small, this takes about 0.3 s. Exit code 0 means saved.
 
 The file reads from the inside out: each part uses only earlier parts. One exception: a connection
-asks its server two questions. Persistence is in three parts: store, snapshot and shutdown.
+also uses its server. Persistence is in three parts: store, snapshot and shutdown.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Store:
 #
 # The file is a pickle of the dict, then the SHA-256 digest of that pickle. A crash must not leave
 # half a file. So each save writes a new file, and renames it over the old one when it is complete.
-# A load refuses a damaged file, and a pickle that names a function to call.
+# A load refuses a damaged file. It also refuses a pickle that names a function to call.
 
 
 class NoFunctions(pickle.Unpickler):
@@ -190,8 +190,8 @@ def read_pairs(path: str) -> dict[str, str]:
             raise  # the file may be good
         except Exception as error:  # the pickle module does not promise which
             raise ValueError(f"not a dict of UTF-8 strings: {error}") from error
-        if file.tell() != size:  # the next save would drop what comes after the pickle
-            raise ValueError("not a dict of UTF-8 strings, and nothing else")
+        if file.tell() != size:  # no save writes such a file, so it is forged
+            raise ValueError("there is more than a dict of UTF-8 strings")
     return pairs
 
 
@@ -254,15 +254,15 @@ class Snapshot:
 class Log:
     """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
 
-    A file always takes a line. select() tells whether a pipe or a socket takes PIPE_BUF bytes, but
-    of a terminal only whether it takes anything. So a terminal is opened again, without blocking.
+    A pipe that is ready for select() has room for PIPE_BUF bytes. A terminal that is ready may have
+    room for less. So a terminal is opened again, in the mode in which no write waits.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptor = 2
         with contextlib.suppress(OSError):  # no terminal, or one that we may not open
-            # On descriptor 2 itself, O_NONBLOCK would apply to the shell, too.
+            # Set on descriptor 2 itself, O_NONBLOCK would apply to the shell, too.
             self._descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, *parts: object) -> None:
@@ -301,9 +301,9 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# The valid Host values that a server on a loopback address accepts: localhost, kv, 127.0.0.1, [::1]
-# and none. A name with a dot may be DNS rebinding: the owner of a.example can have it resolve to
-# 127.0.0.1, and then a browser lets the pages of a.example read this server.
+# Of the valid Host values, those that a server on a loopback address accepts: localhost or another
+# name without a dot, an address, or nothing. A name with a dot may be DNS rebinding: the owner of
+# a.example can have it resolve to 127.0.0.1, and then a browser lets its pages read this server.
 LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
 # GET /kv/a?query HTTP/1.1, or GET http://localhost:8080/kv/a?query HTTP/1.1: RFC 9112 3.2.2
 REQUEST_LINE = re.compile(
@@ -316,7 +316,7 @@ LENGTH = re.compile(rb"[0-9]{1,4000}")  # int() refuses more than 4,300 digits
 CHARSET = re.compile(rb";[ \t]*charset[ \t]*=[ \t]*\"?([^\";, \t]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# An LF without CR, or a control character other than tab, LF and CR.
+# An LF without CR, or a control character other than tab, LF and CR. (The LF of a CR may yet come.)
 NEVER_IN_A_LINE = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -367,16 +367,14 @@ def find_host(values: Values, http11: bool) -> bytes:
 
 def find_length(values: Values, http11: bool) -> int | None:
     """Return how many bytes the body has, None if it comes in chunks: RFC 9112 6.3."""
-    lengths = values.get(b"content-length", [])
+    lengths = values.get(b"content-length", [b"0"])
     codings = values.get(b"transfer-encoding", [])
+    if codings and (b"content-length" in values or not http11):
+        raise Refusal(400, "Transfer-Encoding not allowed here")
+    if codings and [coding.lower() for coding in codings] != [b"chunked"]:
+        raise Refusal(501, "only the chunked transfer coding")
     if codings:
-        if lengths or not http11:
-            raise Refusal(400, "Transfer-Encoding not allowed here")
-        if [coding.lower() for coding in codings] != [b"chunked"]:
-            raise Refusal(501, "only the chunked transfer coding")
         return None
-    if not lengths:
-        return 0
     # If there are two lengths, a proxy may have gone by the other one. And int() alone would take
     # "+1", "1_0" and " 1 ", too.
     if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
@@ -401,14 +399,14 @@ def check_write(values: Values) -> None:
 
 # Parsing a header costs more than the rest of a request, and most clients repeat theirs byte for
 # byte. So results are remembered, except a Refusal. A result depends on the arguments alone. The
-# path and the body, which differ from request to request, are not among them.
+# path and the body, which differ from request to request, are not arguments.
 @functools.lru_cache
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, checks_host: bool
 ) -> tuple[int | None, bool, bool]:
     """Return the body's length, whether the client keeps the connection, and awaits a 100.
 
-    The block is all field lines. Raises a Refusal if they already show that one is due.
+    The block is all field lines. Raises a Refusal if they are reason enough for one.
     """
     values: Values = {}
     for line in block.split(b"\r\n") if block else ():
@@ -428,18 +426,18 @@ def parse_fields(
 # ---- API: what a request does to the store, and how it is answered ----
 #
 # These functions return the body of an answer with the status 200, or raise a Refusal. All have the
-# same arguments, so that a table can hold them. The rest of the program gives these answers:
+# same arguments, so that a table can hold them. The statuses that come from other parts:
 #
-#     400, 415, 501             a write with a field that changes what it means: see check_write
-#     413                       a value over MAX_VALUE
-#     421                       another host, on a loopback address: see LOCAL_HOST
-#     503                       a write that is too late to be saved: see StoreClosed
-#     400, 408, 414, 431, 501   what breaks the rules of HTTP, is too slow or too large
+#     400, 415, 501             for a write with a field that changes its meaning: see check_write
+#     413                       for a value over MAX_VALUE
+#     421                       for another host, on a loopback address: see LOCAL_HOST
+#     503                       for a write that is too late to be saved: see StoreClosed
+#     400, 408, 414, 431, 501   for what breaks the rules of HTTP, is too slow or too large
 #
 # An answer to HEAD has no body. An unexpected error closes the connection without an answer.
 #
-# No answer has a CORS field, so a browser shows it to no page of another origin. Before such a page
-# can PUT or DELETE, its browser sends OPTIONS. This is refused, so the browser does not go on.
+# No answer has a CORS field, so a browser does not let a page of another origin read it. Before
+# such a page can PUT or DELETE, its browser sends OPTIONS. As this is refused, it sends no more.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -508,11 +506,11 @@ class Workers:
     """The worker threads, and the queue in which connections wait for one of them.
 
     One worker is always free, if the limit allows it: a worker that takes a connection starts
-    another worker if none is free. The acceptor starts none, as that would hold it up. Workers
-    never leave: a thousand free ones take 20 MB.
+    another worker if none is free. The acceptor starts none, so that it accepts more quickly.
+    Workers never leave: a thousand free ones take 20 MB.
     """
 
-    # So many stalled clients hold up all others. More workers would take more memory.
+    # This many stalled clients hold up all others. More workers would take more memory.
     MOST_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
@@ -528,7 +526,7 @@ class Workers:
             self._queue.put(connection)
             self.in_hand += 1
 
-    def is_anybody_waiting(self) -> bool:
+    def has_waiting(self) -> bool:
         return self.in_hand > self._threads
 
     def _start_one_if_none_is_free(self) -> None:
@@ -558,7 +556,7 @@ class Workers:
 # workers for idle clients.
 TICK = 0.2
 # How many seconds a small request may take, and how long a send may wait for a client that reads
-# nothing. A shorter time fails slow networks, a longer one lets stalled clients hold workers.
+# nothing. A shorter time cuts off slow networks, a longer one lets stalled clients hold workers.
 STALL_SECONDS = 15.0
 # How many bytes are received at once. Each worker that waits has that much memory allocated.
 RECEIVE_SIZE = 16 * 1024
@@ -579,8 +577,8 @@ def answer_head(status: int, second: int) -> bytes:
 class Connection:
     """Reads the requests of one client, and answers them.
 
-    Its server knows what one connection does not: whether answers say `Connection: close`, and
-    whether other connections wait for a worker.
+    The server knows what one connection does not: whether answers say `Connection: close`, and
+    whether other connections wait for a worker. Server._serve_or_park tells what follows serve().
     """
 
     # Slots keep an idle connection small.
@@ -589,7 +587,6 @@ class Connection:
     def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
         self._socket, self._address, self._server = sock, address[0], server
         self._buffer = b""  # what has been received, and is not taken yet
-        self._deadline = 0.0  # for the request that is being read, on the monotonic clock
         self.idle_since = 0.0  # when it was parked, on the monotonic clock
         self.is_over = False  # whether it is to be closed
         sock.setblocking(True)  # on BSD and macOS, it begins non-blocking like the listener
@@ -609,7 +606,7 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def is_silent(self) -> bool:
+    def has_no_input(self) -> bool:
         """Whether nothing has arrived, or only the end of the connection."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -624,13 +621,13 @@ class Connection:
         """Serve requests until none comes for a tick, or another connection needs the worker."""
         while self._wait_for_request():
             self._serve_request()
-            if self.is_over or self._server.workers.is_anybody_waiting():
+            if self.is_over or self._server.workers.has_waiting():
                 break
 
     def _wait_for_request(self) -> bool:
-        """Return whether a request has begun, within a tick, or at once if others wait."""
+        """Wait for a tick, or not at all if others wait; return whether a request has begun."""
         if not self.has_begun_request():
-            flags = socket.MSG_DONTWAIT if self._server.workers.is_anybody_waiting() else 0
+            flags = socket.MSG_DONTWAIT if self._server.workers.has_waiting() else 0
             try:
                 self._buffer = self._socket.recv(RECEIVE_SIZE, flags)
             except BlockingIOError:  # nothing has come
@@ -642,7 +639,7 @@ class Connection:
         """Read a request, do what it asks for, and answer it."""
         self._deadline = time.monotonic() + STALL_SECONDS
         self._buffer = self._buffer.lstrip(b"\r\n")  # empty lines before it: RFC 9112 2.2
-        head, extra_fields, http11, keep_alive, is_end_known = b"", b"", True, True, False
+        head, extra_fields, is_end_known = b"", b"", False
         try:
             head = self._take_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
@@ -670,7 +667,7 @@ class Connection:
             extra_fields += b"Connection: keep-alive\r\n"
         # If the head never became whole, its beginning is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, content)
-        if we_close:  # the client, which has not asked for it, may still be sending
+        if we_close:  # so the client may still be sending
             self._linger()
 
     def _answer(self, head: bytes, status: int, extra_fields: bytes, content: bytes) -> None:
@@ -751,8 +748,8 @@ class Connection:
                 continue
             if not received:
                 raise ConnectionAbortedError("the request breaks off")
-            # Large bodies take longer. So each KiB moves the deadline by a second, but it is never
-            # more than STALL_SECONDS away.
+            # Large bodies take longer. So each KiB moves the deadline by a second, but never beyond
+            # STALL_SECONDS from now.
             later = self._deadline + len(received) / 1024
             self._deadline = min(later, time.monotonic() + STALL_SECONDS)
             return received
@@ -765,9 +762,9 @@ class Connection:
 class Server(ThreadingHTTPServer):
     """The listener, the parked connections, and the acceptor thread, which takes care of both.
 
-    A ThreadingHTTPServer gives each connection a thread of its own, even an idle one. Here,
-    process_request() gives it to a worker, and the acceptor does the work of serve_forever(). That
-    never runs, so shutdown(), which waits for its end, would wait for ever.
+    The task asks for a ThreadingHTTPServer, which gives each connection a thread, even an idle one.
+    Here, process_request() gives it to a worker, and the acceptor does the work of serve_forever(),
+    which never runs. So shutdown(), which waits for serve_forever() to end, would wait for ever.
 
     The acceptor and the workers meet at the selector, and hold `_lock` to change it:
     - A worker registers a connection, which parks it. From then on, the worker must not touch it,
@@ -782,11 +779,11 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 65_535
     # HTTPServer's own would ask the name service for this host's name, which can take long.
     server_bind = socketserver.TCPServer.server_bind
-    # How many seconds a connection may stay parked. Clients and proxies close idle connections
-    # after 60 s (nginx, most load balancers) or 90 s (Go). To close first could cut off a request.
+    # How many seconds a connection may stay parked. Clients and proxies wait less (nginx and most
+    # load balancers 60 s, Go 90 s). If they waited longer, the close could cut off a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server, which has to make room. If packets are lost, a client's first
-    # request may need 7 s.
+    # The same in a full server, which has to make room. A new connection may stay silent for 7 s if
+    # packets are lost.
     IDLE_SECONDS_FULL = 10.0
     # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
@@ -807,9 +804,8 @@ class Server(ThreadingHTTPServer):
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
         # The system hands out the lowest free descriptor, so all below the listener's are in use.
-        # The rest is for the listener, the connections, and what is reserved.
         rest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
-        self._most_open = max(2, rest - self.RESERVED_DESCRIPTORS)  # at least one connection
+        self._most_open = max(2, rest - self.RESERVED_DESCRIPTORS)  # listener and connections
         self._is_full = False
         self._is_listening = True
         self.last_answer = 0.0  # when one was sent, on the monotonic clock
@@ -818,7 +814,7 @@ class Server(ThreadingHTTPServer):
         self._acceptor.start()
 
     def stop(self) -> None:
-        """Let no more clients into the listen queue, and have the acceptor end after the last one.
+        """Let no more clients into the listen queue; the acceptor ends after the last connection.
 
         The acceptor empties the queue, and then closes the listener. A client that came into the
         queue in between would be reset. And clients that read `Connection: close` connect again,
@@ -830,12 +826,12 @@ class Server(ThreadingHTTPServer):
             # and there is none. The clients that are in the listen queue stay in it.
             self.socket.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, 2**31 - 1)
         except OSError:  # on macOS, on Linux before 5.7, in some sandboxes
-            self.socket.listen(0)  # the next best: make the queue short
+            self.socket.listen(1)  # the next best: make the queue short
         self._stopping_since = time.monotonic()
 
-    def join(self, until: float) -> bool:
-        """Wait for the acceptor to end, for 1 s and until then at most; return whether it has."""
-        self._acceptor.join(max(0.0, min(1.0, until - time.monotonic())))
+    def wait_until_drained(self, end: float) -> bool:
+        """Wait for the acceptor to end, for 1 s but not beyond `end`; return whether it has."""
+        self._acceptor.join(max(0.0, min(1.0, end - time.monotonic())))
         return not self._acceptor.is_alive()
 
     def says_close(self) -> bool:
@@ -844,8 +840,8 @@ class Server(ThreadingHTTPServer):
 
     def count_open(self) -> int:
         """Count the connections, and the listener until it is closed."""
-        # The acceptor reads in_hand first. A worker that parks a connection registers it first, and
-        # reduces in_hand then. So a connection may be counted twice, but is never missed.
+        # In this order, the acceptor may count one twice, but misses none: a worker that parks one
+        # registers it first, and reduces in_hand then.
         return self.workers.in_hand + len(self._selector.get_map())
 
     def _run_acceptor(self) -> None:
@@ -860,8 +856,8 @@ class Server(ThreadingHTTPServer):
         """Give to workers what has arrived, accept, and close what is idle for too long."""
         says_close = self.says_close()
         if says_close:
-            # Poll. In a full server, a client in the listen queue wakes each select() at once. In a
-            # stopping one, no select() is woken when a worker closes the last connection.
+            # Poll: in a full server, a client in the listen queue wakes each select() at once. In a
+            # server that stops, nothing wakes select() when a worker closes the last connection.
             time.sleep(0.02)
         for ready, _ in self._selector.select(0.0 if says_close else TICK):
             if ready.data:  # a connection, not the listener
@@ -876,7 +872,7 @@ class Server(ThreadingHTTPServer):
 
     def _accept(self) -> None:
         """Accept the clients in the listen queue. When stopping, close the listener after them."""
-        is_stopping = self._stopping_since > 0  # if so, nobody comes into the queue: see stop()
+        is_stopping = self._stopping_since > 0  # then the queue stays empty: see stop()
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self.count_open() >= self._most_open
@@ -898,9 +894,10 @@ class Server(ThreadingHTTPServer):
     def _may_close_all(self) -> bool:
         """Whether, in a shutdown, the parked connections can be closed."""
         # A client with several connections may send its next request on any of them. So while
-        # requests are answered, none is closed.
+        # requests are served, none is closed.
         now = time.monotonic()
-        is_quiet = now - max(self._stopping_since, self.last_answer) >= TICK
+        quiet_since = max(self._stopping_since, self.last_answer)
+        is_quiet = not self.workers.in_hand and now - quiet_since >= TICK
         return is_quiet or now - self._stopping_since >= 2.0
 
     def _close_idle(self, limit: float) -> None:
@@ -910,7 +907,7 @@ class Server(ThreadingHTTPServer):
             if not connection or time.monotonic() - connection.idle_since < limit:
                 break
             self._unpark(connection)
-            if connection.is_silent():
+            if connection.has_no_input():
                 connection.close()
             else:
                 self.workers.give(connection)
@@ -973,7 +970,7 @@ def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
 
 
 def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int, float]:
-    """Save when asked to. Return the signal that stops the server, and when its time began."""
+    """Save when asked to. Return the signal that stops the server, and from when to count."""
     while True:
         received = signal.sigwait(stop_signals | SAVE_SIGNALS)
         begin = time.monotonic()
@@ -982,15 +979,15 @@ def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stop_signals:
-            # It came at some time during the save. So its time counts from before the save.
+            # It came at some time during the save. So count from before the save.
             return signal.sigwait(stop_signals), begin
 
 
 def drain(server: Server, save: Save, begin: float, end: float) -> None:
     """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
     server.stop()
-    is_drained = server.join(end)
-    # Under npm, one Ctrl-C arrives as two signals. So those of the first second are dropped.
+    is_drained = server.wait_until_drained(end)
+    # Under npm, one Ctrl-C arrives as two signals. So drop those of the first second.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_drained:
@@ -1001,7 +998,7 @@ def drain(server: Server, save: Save, begin: float, end: float) -> None:
         # In case SIGKILL comes before the last save.
         if server.store.has_changed:
             save()
-        is_drained = server.join(end)
+        is_drained = server.wait_until_drained(end)
     server.log(f"drained in {time.monotonic() - begin:.2f} s, {server.workers.in_hand} given up")
 
 
@@ -1095,10 +1092,10 @@ def block_signals() -> set[int]:
     """Have signals wait until the main thread asks for them; return those that stop the server.
 
     A signal handler runs in the main thread, which cannot go on before the handler returns. So a
-    handler that waits for a lock of that thread waits for ever. So does one that calls shutdown()
-    while that thread runs serve_forever(). Threads that start later block the same signals.
+    handler that waits for a lock which the main thread holds waits for ever. The same happens if it
+    calls shutdown() while the main thread runs serve_forever(). Later threads inherit the blocking.
     """
-    # Every signal stops the server except these. Some exist only on some systems.
+    # All signals but these and SAVE_SIGNALS stop the server. Some exist only on some systems.
     names = (
         "SIGABRT SIGBUS SIGEMT SIGFPE SIGILL SIGSEGV SIGSYS SIGTRAP "  # signs of a crash
         "SIGKILL "  # cannot be blocked

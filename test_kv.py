@@ -1277,7 +1277,7 @@ def bad_snapshots(whole: bytes, trap: Path) -> Iterator[tuple[str, bytes, str]]:
         ("one in a key", b"\x80\x04}\x8c\x03\xed\xbf\xbf\x8c\x01as."),
         *((f"code, protocol {n}", pickle.dumps(CodeRunner(trap), n)) for n in range(6)),
     ):
-        yield what, pickled + hashlib.sha256(pickled).digest(), "not a dict of UTF-8 strings"
+        yield what, pickled + hashlib.sha256(pickled).digest(), "a dict of UTF-8 strings"
 
 
 class SnapshotTest(KVTest):
