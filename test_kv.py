@@ -2137,7 +2137,7 @@ class ShutdownTest(KVTest):
         self.assertEqual(os.listdir(self.directory), [SNAPSHOT])
 
     def test_whatever_happens_in_the_drain_there_is_a_last_save(self) -> None:
-        for mistake in ("Server.stop", "Server.join", "Server._close_idle"):
+        for mistake in ("Server.stop", "Server.wait_until_drained", "Server._close_idle"):
             changes = f"kv.{mistake} = lambda *_: 1 / 0"
             with self.start_with(changes, "--graceful-timeout=1") as server:
                 with server.connect() as client:
