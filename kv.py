@@ -21,9 +21,9 @@ written since the last snapshot. A shutdown has four steps:
     Stop    No more clients are let into the listen queue, and those in it are accepted. Answers say
             `Connection: close`, unless the client's next request has already been received.
     Idle    A parked connection that sends a request is still served. The others are closed when no
-            request has been in hand or answered for 0.2 s, and at the latest after 2 s.
+            connection is in hand and the last answer is 0.2 s old, at the latest after 2 s.
     Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
-            since the signal (12 s of 15 s). After a second, changes are saved once a second.
+            since the signal (12 s of 15 s). After the first second, each second ends with a save.
     Save    Writes are answered 503, and the last snapshot is written.
 
 If no client stalls and the store is small, this takes about 0.3 s. Exit code 0 means saved.
@@ -79,10 +79,10 @@ class StoreClosed(Exception):
 
 
 class Store:
-    """A dict of strings that any number of threads may use at once.
+    """A dict of strings that any number of threads may use at once, as each method holds its lock.
 
-    Writes and `close` take the same lock. So each write either comes before `close`, and is part of
-    the last save, or comes after it, and raises StoreClosed.
+    So each write either comes before `close`, and is part of the last save, or comes after it, and
+    raises StoreClosed.
     """
 
     def __init__(self, pairs: dict[str, str]) -> None:
@@ -198,8 +198,8 @@ def read_pairs(path: str) -> dict[str, str]:
 class Snapshot:
     """The snapshot in a working directory.
 
-    After a network share has been unmounted and mounted again, `.` and an open descriptor still
-    lead to the old mount. So each save goes by the whole path.
+    Each save looks the whole path up anew: if a network share was mounted again meanwhile, `.` and
+    open descriptors would still lead to the old mount.
     """
 
     def __init__(self, directory: str) -> None:
@@ -254,15 +254,15 @@ class Snapshot:
 class Log:
     """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
 
-    A pipe that is ready for select() has room for PIPE_BUF bytes. A terminal that is ready may have
-    room for less. So a terminal is opened again, in the mode in which no write waits.
+    A pipe that select() calls writable takes PIPE_BUF bytes without waiting. A terminal may take
+    fewer, so it is opened again, in the mode in which no write waits.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptor = 2
         with contextlib.suppress(OSError):  # no terminal, or one that we may not open
-            # Set on descriptor 2 itself, O_NONBLOCK would apply to the shell, too.
+            # If set on descriptor 2 itself, O_NONBLOCK would apply to the shell, too.
             self._descriptor = os.open(os.ttyname(2), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, *parts: object) -> None:
@@ -302,7 +302,7 @@ PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
 # Of the valid Host values, those that a server on a loopback address accepts: localhost or another
-# name without a dot, an address, or nothing. A name with a dot may be DNS rebinding: the owner of
+# name without inner dots, an address, or nothing. Any other name may be DNS rebinding: the owner of
 # a.example can have it resolve to 127.0.0.1, and then a browser lets its pages read this server.
 LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
 # GET /kv/a?query HTTP/1.1, or GET http://localhost:8080/kv/a?query HTTP/1.1: RFC 9112 3.2.2
@@ -316,7 +316,7 @@ LENGTH = re.compile(rb"[0-9]{1,4000}")  # int() refuses more than 4,300 digits
 CHARSET = re.compile(rb";[ \t]*charset[ \t]*=[ \t]*\"?([^\";, \t]*)")
 # 1f;extension, of which the extension is ignored: RFC 9112 7.1.1
 CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;" + TEXT + rb")?")
-# An LF without CR, or a control character other than tab, LF and CR. (The LF of a CR may yet come.)
+# An LF without CR, or a control character other than tab, LF and CR. (A CR may still get its LF.)
 NEVER_IN_A_LINE = re.compile(rb"(?<!\r)\n|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -398,8 +398,8 @@ def check_write(values: Values) -> None:
 
 
 # Parsing a header costs more than the rest of a request, and most clients repeat theirs byte for
-# byte. So results are remembered, except a Refusal. A result depends on the arguments alone. The
-# path and the body, which differ from request to request, are not arguments.
+# byte. So up to 128 results are remembered, but no Refusal. A result depends on the arguments
+# alone. The path and the body, which differ from request to request, are not arguments.
 @functools.lru_cache
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, checks_host: bool
@@ -432,12 +432,11 @@ def parse_fields(
 #     413                       for a value over MAX_VALUE
 #     421                       for another host, on a loopback address: see LOCAL_HOST
 #     503                       for a write that is too late to be saved: see StoreClosed
-#     400, 408, 414, 431, 501   for what breaks the rules of HTTP, is too slow or too large
+#     400, 408, 414, 431, 501   if it breaks the rules of HTTP, takes too long, or is too large
 #
 # An answer to HEAD has no body. An unexpected error closes the connection without an answer.
-#
-# No answer has a CORS field, so a browser does not let a page of another origin read it. Before
-# such a page can PUT or DELETE, its browser sends OPTIONS. As this is refused, it sends no more.
+# No answer has a CORS field, so a browser does not let a page of another origin read it. Before a
+# PUT or DELETE from such a page, the browser asks with OPTIONS, which is refused here.
 
 KEY = re.compile(r"[A-Za-z0-9:_.-]+")
 
@@ -505,13 +504,12 @@ def handle(store: Store, method: str, path: str, body: bytes) -> bytes:
 class Workers:
     """The worker threads, and the queue in which connections wait for one of them.
 
-    One worker is always free, if the limit allows it: a worker that takes a connection starts
-    another worker if none is free. The acceptor starts none, so that it accepts more quickly.
-    Workers never leave: a thousand free ones take 20 MB.
+    A worker that takes a connection starts another worker if none is free. In a burst, each worker
+    starts the next one, while the acceptor only accepts. Workers never leave: 1,000 take 20 MB.
     """
 
     # This many stalled clients hold up all others. More workers would take more memory.
-    MOST_THREADS = 1200
+    MAX_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
         self._serve = serve
@@ -532,7 +530,7 @@ class Workers:
     def _start_one_if_none_is_free(self) -> None:
         with self._lock:
             is_one_free = self.in_hand < self._threads
-            if not is_one_free and self._threads < self.MOST_THREADS:
+            if not is_one_free and self._threads < self.MAX_THREADS:
                 # Not by Thread.start(), which waits until the new thread has begun to run.
                 _thread.start_new_thread(self._work, ())
                 self._threads += 1
@@ -555,8 +553,8 @@ class Workers:
 # sends it within that time, which saves a hand-over between threads. A longer time would tie up
 # workers for idle clients.
 TICK = 0.2
-# How many seconds a small request may take, and how long a send may wait for a client that reads
-# nothing. A shorter time cuts off slow networks, a longer one lets stalled clients hold workers.
+# How many seconds a request may take (a large one more: see _receive), and for how long a send may
+# make no progress. A shorter time cuts off slow networks, a longer one lets clients hold workers.
 STALL_SECONDS = 15.0
 # How many bytes are received at once. Each worker that waits has that much memory allocated.
 RECEIVE_SIZE = 16 * 1024
@@ -639,7 +637,8 @@ class Connection:
         """Read a request, do what it asks for, and answer it."""
         self._deadline = time.monotonic() + STALL_SECONDS
         self._buffer = self._buffer.lstrip(b"\r\n")  # empty lines before it: RFC 9112 2.2
-        head, extra_fields, is_end_known = b"", b"", False
+        head, extra_fields = b"", b""
+        is_end_known = keep_alive = http11 = False  # as long as nothing else has been read
         try:
             head = self._take_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
@@ -704,8 +703,8 @@ class Connection:
             if found:
                 self._buffer = rest
                 return text
-            # The end may never come: this client speaks another protocol, such as TLS, or is a
-            # person whose `nc` ends lines with LF alone, and now waits for an answer.
+            # The end may never come, if the client speaks another protocol, such as TLS, or is a
+            # person with an `nc` that ends lines with LF alone.
             if NEVER_IN_A_LINE.search(text):
                 raise Refusal(400, "malformed request: lines of text must end with CR LF")
             self._buffer += self._receive()
@@ -725,7 +724,7 @@ class Connection:
             body += self._take(size)
             if self._take_until(b"\r\n"):
                 raise Refusal(400, "malformed chunk")
-        for _ in range(101):  # a hundred fields and the empty line: not without end
+        for _ in range(101):  # a hundred fields and the empty line; more could go on for ever
             line = self._take_until(b"\r\n")
             if not line:
                 return bytes(body)
@@ -762,9 +761,10 @@ class Connection:
 class Server(ThreadingHTTPServer):
     """The listener, the parked connections, and the acceptor thread, which takes care of both.
 
-    The task asks for a ThreadingHTTPServer, which gives each connection a thread, even an idle one.
-    Here, process_request() gives it to a worker, and the acceptor does the work of serve_forever(),
-    which never runs. So shutdown(), which waits for serve_forever() to end, would wait for ever.
+    It has to be a ThreadingHTTPServer, which binds, listens, accepts, and gives each connection a
+    thread, even an idle one. Here, process_request() hands the connection to a worker instead. The
+    acceptor replaces serve_forever(), which never runs. So shutdown(), which waits for
+    serve_forever() to end, would wait for ever.
 
     The acceptor and the workers meet at the selector, and hold `_lock` to change it:
     - A worker registers a connection, which parks it. From then on, the worker must not touch it,
@@ -779,8 +779,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 65_535
     # HTTPServer's own would ask the name service for this host's name, which can take long.
     server_bind = socketserver.TCPServer.server_bind
-    # How many seconds a connection may stay parked. Clients and proxies wait less (nginx and most
-    # load balancers 60 s, Go 90 s). If they waited longer, the close could cut off a request.
+    # How many seconds a connection may stay parked. Clients and proxies close theirs sooner (nginx
+    # 60 s, Go 90 s), and it is better if they do: a close by the server may cross a request.
     IDLE_SECONDS = 120.0
     # The same in a full server, which has to make room. A new connection may stay silent for 7 s if
     # packets are lost.
@@ -794,7 +794,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = info[0]
         super().__init__(info[4], socketserver.BaseRequestHandler)  # of which it makes none
         self.socket.setblocking(False)
-        # Other addresses are for other machines, which may know this one by any name.
+        # Only on a loopback address: on others, clients may know this machine by any name.
         address = self.socket.getsockname()[0]
         self.checks_host = bool(re.match(r"127\.|::1$|::ffff:127\.", address))
         self.store, self.log, self.verbose = store, log, verbose
@@ -803,9 +803,10 @@ class Server(ThreadingHTTPServer):
         # Epoll and kqueue see at once what a worker registers while the acceptor waits.
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
-        # The system hands out the lowest free descriptor, so all below the listener's are in use.
+        # The system hands out the lowest free descriptor. So all below the listener's are in use.
+        # The rest is for the listener, the connections, and RESERVED_DESCRIPTORS others.
         rest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
-        self._most_open = max(2, rest - self.RESERVED_DESCRIPTORS)  # listener and connections
+        self._max_open = max(2, rest - self.RESERVED_DESCRIPTORS)  # the listener counts
         self._is_full = False
         self._is_listening = True
         self.last_answer = 0.0  # when one was sent, on the monotonic clock
@@ -816,14 +817,14 @@ class Server(ThreadingHTTPServer):
     def stop(self) -> None:
         """Let no more clients into the listen queue; the acceptor ends after the last connection.
 
-        The acceptor empties the queue, and then closes the listener. A client that came into the
-        queue in between would be reset. And clients that read `Connection: close` connect again,
-        so the queue might never be empty.
+        The acceptor then empties the queue and closes the listener, in two steps. A client that
+        came in between them would be reset. And as clients that read `Connection: close` connect
+        again, the queue might never become empty.
         """
         SO_BINDTOIFINDEX = 62
         try:
-            # From now on, Linux accepts new clients only from the network interface of this number,
-            # and there is none. The clients that are in the listen queue stay in it.
+            # Linux now takes new clients only from the network interface of this number, and does
+            # not check that there is one. Clients that are in the listen queue stay in it.
             self.socket.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, 2**31 - 1)
         except OSError:  # on macOS, on Linux before 5.7, in some sandboxes
             self.socket.listen(1)  # the next best: make the queue short
@@ -840,8 +841,8 @@ class Server(ThreadingHTTPServer):
 
     def count_open(self) -> int:
         """Count the connections, and the listener until it is closed."""
-        # In this order, the acceptor may count one twice, but misses none: a worker that parks one
-        # registers it first, and reduces in_hand then.
+        # In_hand is read first, as a worker that parks a connection registers it first, and lowers
+        # in_hand then. So the acceptor may count one twice, but misses none.
         return self.workers.in_hand + len(self._selector.get_map())
 
     def _run_acceptor(self) -> None:
@@ -854,12 +855,12 @@ class Server(ThreadingHTTPServer):
 
     def _take_turn(self) -> None:
         """Give to workers what has arrived, accept, and close what is idle for too long."""
-        says_close = self.says_close()
-        if says_close:
-            # Poll: in a full server, a client in the listen queue wakes each select() at once. In a
+        must_poll = self.says_close()
+        if must_poll:
+            # In a full server, a client in the listen queue wakes each select() at once. In a
             # server that stops, nothing wakes select() when a worker closes the last connection.
             time.sleep(0.02)
-        for ready, _ in self._selector.select(0.0 if says_close else TICK):
+        for ready, _ in self._selector.select(0.0 if must_poll else TICK):
             if ready.data:  # a connection, not the listener
                 self._unpark(ready.data)
                 self.workers.give(ready.data)
@@ -867,15 +868,16 @@ class Server(ThreadingHTTPServer):
             self._accept()
         if not self._stopping_since:
             self._close_idle(self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS)
-        elif self._may_close_all():
+        elif self._may_close_parked():
             self._close_idle(0.0)
 
     def _accept(self) -> None:
         """Accept the clients in the listen queue. When stopping, close the listener after them."""
-        is_stopping = self._stopping_since > 0  # then the queue stays empty: see stop()
+        # Read first: a queue that is found empty before stop() may fill again.
+        is_stopping = self._stopping_since > 0
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
-                self._is_full = self.count_open() >= self._most_open
+                self._is_full = self.count_open() >= self._max_open
                 if self._is_full:
                     return
                 self.process_request(*self.get_request())
@@ -891,14 +893,14 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self.workers.give(Connection(request, client_address, self))
 
-    def _may_close_all(self) -> bool:
+    def _may_close_parked(self) -> bool:
         """Whether, in a shutdown, the parked connections can be closed."""
         # A client with several connections may send its next request on any of them. So while
         # requests are served, none is closed.
-        now = time.monotonic()
+        is_busy = self.workers.in_hand > 0  # read first: a worker lowers it after its answer
         quiet_since = max(self._stopping_since, self.last_answer)
-        is_quiet = not self.workers.in_hand and now - quiet_since >= TICK
-        return is_quiet or now - self._stopping_since >= 2.0
+        is_quiet = not is_busy and time.monotonic() - quiet_since >= TICK
+        return is_quiet or time.monotonic() - self._stopping_since >= 2.0
 
     def _close_idle(self, limit: float) -> None:
         """Close what has been parked for that many seconds, unless something has just arrived."""
@@ -947,11 +949,10 @@ class Server(ThreadingHTTPServer):
 
 # ---- Shutdown: when to save, and the order of the four steps ----
 
-# By USR1, an operator asks for a save; by ALRM, the timer of --save-every.
+# SIGUSR1: an operator asks for a save. SIGALRM: the timer of --save-every does.
 SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}
 # What people and supervisors send again when they have lost patience.
 IMPATIENT = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
-
 Save = Callable[[], bool]  # a function that saves the store, and returns whether that worked
 
 
@@ -970,7 +971,7 @@ def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
 
 
 def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int, float]:
-    """Save when asked to. Return the signal that stops the server, and from when to count."""
+    """Save when asked to. Return the signal that stops the server, and when its time began."""
     while True:
         received = signal.sigwait(stop_signals | SAVE_SIGNALS)
         begin = time.monotonic()
@@ -979,7 +980,7 @@ def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stop_signals:
-            # It came at some time during the save. So count from before the save.
+            # It came at some time during the save. So its time began before the save at worst.
             return signal.sigwait(stop_signals), begin
 
 
@@ -1045,7 +1046,7 @@ def parse_arguments() -> argparse.Namespace:
         ("--host", "ADDRESS", (), "127.0.0.1", "where to listen"),
         ("--port", "N", (0, 65_535), 8080, "0 is any that is free"),
         ("--working-dir", "DIR", (), directory, "for the snapshot; $DATA_DIR or . if not given"),
-        ("--graceful-timeout", "SECONDS", (1, 10**6), 15, "longest time from a signal to the exit"),
+        ("--graceful-timeout", "SECONDS", (1, 10**6), 15, "how long a shutdown may take"),
         ("--save-every", "SECONDS", (0, 10**6), 0, "save by itself, too; 0 is never"),
     ):
         kind = functools.partial(whole_number, *limits) if limits else str
@@ -1091,9 +1092,9 @@ def dump(snapshot: Snapshot) -> None:
 def block_signals() -> set[int]:
     """Have signals wait until the main thread asks for them; return those that stop the server.
 
-    A signal handler runs in the main thread, which cannot go on before the handler returns. So a
-    handler that waits for a lock which the main thread holds waits for ever. The same happens if it
-    calls shutdown() while the main thread runs serve_forever(). Later threads inherit the blocking.
+    A signal handler runs in the main thread, which cannot go on before the handler returns. If the
+    handler waits for that thread to release a lock, or, in shutdown(), to end serve_forever(), it
+    waits for ever.
     """
     # All signals but these and SAVE_SIGNALS stop the server. Some exist only on some systems.
     names = (
@@ -1107,18 +1108,18 @@ def block_signals() -> set[int]:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     possible = signal.valid_signals() - not_stopping
     stop_signals: set[int] = {n for n in possible if signal.getsignal(n) != signal.SIG_IGN}
+    # Threads that start later inherit this.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals | SAVE_SIGNALS)
     return stop_signals
 
 
 def main() -> None:
     arguments = parse_arguments()
-    # What is being tried, for the message if it fails.
-    task = f"use the working directory {arguments.working_dir!r} (see --working-dir)"
+    attempt = f"use the working directory {arguments.working_dir!r} (see --working-dir)"
     try:
         snapshot = Snapshot(arguments.working_dir)
         if arguments.dump:
-            task = f"dump {snapshot.path!r}, which a server writes at SIGUSR1 or its stop"
+            attempt = f"dump {snapshot.path!r}, which a server writes at SIGUSR1 or its stop"
             dump(snapshot)
             return
         stop_signals = block_signals()
@@ -1126,13 +1127,13 @@ def main() -> None:
         stay_on_one_core()
         raise_descriptor_limit()
         snapshot.open()
-        task = f"load {snapshot.path!r} (move it away to start empty, or restore a backup)"
+        attempt = f"load {snapshot.path!r} (move it away to start empty, or restore a backup)"
         pairs = snapshot.load()
-        task = f"listen on {arguments.host!r} port {arguments.port} (see --host and --port)"
+        attempt = f"listen on {arguments.host!r} port {arguments.port} (see --host and --port)"
         log, store = Log(), Store(pairs)
         server = Server(arguments.host, arguments.port, store, log, arguments.verbose)
     except Exception as error:
-        sys.exit(f"kv.py: cannot {task}: {str(error) or repr(error)}")
+        sys.exit(f"kv.py: cannot {attempt}: {str(error) or repr(error)}")
     host, port = server.socket.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     log(f"{len(pairs)} pair(s) in {snapshot.path!r}, listening on {url}, process {os.getpid()}")

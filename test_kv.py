@@ -1770,7 +1770,7 @@ class ServerTest(KVTest):
         server = self.start()
         loops = [Loop(put(f"{n}-{m}", "value") for m in range(3)) for n in range(9_000)]
         self.assertEqual(keep_alive(server.port, loops).answers, {"200": 27_000})
-        self.assertLess(server.threads(), kv.Workers.MOST_THREADS + 5)
+        self.assertLess(server.threads(), kv.Workers.MAX_THREADS + 5)
 
     @on_linux
     def test_15_000_idle_connections_are_cheap_and_do_not_delay_the_exit(self) -> None:
@@ -1834,7 +1834,7 @@ class IdleTest(KVTest):
         self.assertNotIn("error", server.log)
 
     def test_connections_that_send_nothing_hold_no_worker_while_others_wait(self) -> None:
-        server = self.start_with("kv.Workers.MOST_THREADS = 1")
+        server = self.start_with("kv.Workers.MAX_THREADS = 1")
         for _ in range(20):
             self.client(server)
         begin = time.monotonic()
@@ -1843,7 +1843,7 @@ class IdleTest(KVTest):
 
     def test_a_client_that_sends_ahead_lets_others_have_its_worker(self) -> None:
         """Its next request is in our buffer, where no selector finds it."""
-        server = self.start_with("kv.Workers.MOST_THREADS = 1")
+        server = self.start_with("kv.Workers.MAX_THREADS = 1")
         ahead = [self.client(server) for _ in range(3)]
         for client in ahead:
             client.send(request("GET", "/kv/a") * 3000 + put("last", "value"))
@@ -1855,7 +1855,7 @@ class IdleTest(KVTest):
     @on_linux
     def test_more_stalled_uploads_than_workers(self) -> None:
         """Others are served when the first is given up, and a shutdown saves in time."""
-        server = self.start_with("kv.Workers.MOST_THREADS = 4; kv.STALL_SECONDS = 2.0")
+        server = self.start_with("kv.Workers.MAX_THREADS = 4; kv.STALL_SECONDS = 2.0")
         stalled = [self.client(server) for _ in range(6)]
         for client in stalled:
             client.send(put("stalled", "value")[:-1])
