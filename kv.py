@@ -23,7 +23,7 @@ written since the last snapshot. A shutdown has four steps:
     Idle    A parked connection that sends a request is still served. The others are closed when no
             connection is in hand and the last answer is 0.2 s old, at the latest after 2 s.
     Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
-            since the signal (12 s of 15 s). After the first second, each second ends with a save.
+            since the signal (12 s of 15 s). After the first second, changes are saved every second.
     Save    Writes are answered 503, and the last snapshot is written.
 
 If no client stalls and the store is small, this takes about 0.3 s. Exit code 0 means saved.
@@ -79,7 +79,7 @@ class StoreClosed(Exception):
 
 
 class Store:
-    """A dict of strings that any number of threads may use at once, as each method holds its lock.
+    """A dict of strings for any number of threads: each public method holds the lock.
 
     So each write either comes before `close`, and is part of the last save, or comes after it, and
     raises StoreClosed.
@@ -127,8 +127,8 @@ class Store:
         """Return all pairs, in a dict that later writes leave alone."""
         with self._lock:
             self.has_changed = False
-            # Writes go on during a save, so the save gets a copy. It shares the strings, and takes
-            # 30 ms for a million pairs. After `close` there are no writes, and no copy is needed.
+            # Writes go on during a save, so a save works on a copy. The copy shares the strings, and
+            # takes 30 ms for a million pairs. After `close` there are no more writes.
             return self._pairs if self._closed else self._pairs.copy()
 
 
@@ -140,7 +140,7 @@ class Store:
 
 
 class NoFunctions(pickle.Unpickler):
-    """An unpickler that gives a pickle no function to call."""
+    """An unpickler that refuses to look up any function or class."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -176,8 +176,6 @@ def read_pairs(path: str) -> dict[str, str]:
     with open(path, "rb") as file:
         # The size of the pickle: the file without the digest.
         size = file.seek(0, os.SEEK_END) - hashlib.sha256().digest_size
-        if size <= 0:
-            raise ValueError("too short")
         if digest(file, size) != file.read():
             raise ValueError("truncated or altered: its checksum does not match")
         file.seek(0)
@@ -198,8 +196,8 @@ def read_pairs(path: str) -> dict[str, str]:
 class Snapshot:
     """The snapshot in a working directory.
 
-    Each save looks the whole path up anew: if a network share was mounted again meanwhile, `.` and
-    open descriptors would still lead to the old mount.
+    Each save looks up the whole path again. After a network share has been mounted anew, `.` and
+    open descriptors still lead to the old mount.
     """
 
     def __init__(self, directory: str) -> None:
@@ -207,7 +205,7 @@ class Snapshot:
         self.path = os.path.join(self._directory, "kv.pickle")
         self._temporary = self.path + ".tmp"
 
-    def open(self) -> None:
+    def prepare(self) -> None:
         """Create the directory, lock it, and try out a save. Raises OSError or MemoryError."""
         os.makedirs(self._directory, exist_ok=True)
         # Never closed: the kernel releases the lock when the process ends, even in a crash.
@@ -254,8 +252,8 @@ class Snapshot:
 class Log:
     """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
 
-    A pipe that select() calls writable takes PIPE_BUF bytes without waiting. A terminal may take
-    fewer, so it is opened again, in the mode in which no write waits.
+    A pipe that select() calls writable takes PIPE_BUF bytes at once. A terminal may take fewer. So
+    it is opened a second time, non-blocking.
     """
 
     def __init__(self) -> None:
@@ -301,9 +299,9 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# Of the valid Host values, those that a server on a loopback address accepts: localhost or another
-# name without inner dots, an address, or nothing. Any other name may be DNS rebinding: the owner of
-# a.example can have it resolve to 127.0.0.1, and then a browser lets its pages read this server.
+# On a loopback address, the server accepts only these of the valid Host values: a name without
+# inner dots such as localhost, an IP address, or none. Any other name may be DNS rebinding: the
+# owner of a.example points it at 127.0.0.1, and a browser lets pages of a.example read this server.
 LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
 # GET /kv/a?query HTTP/1.1, or GET http://localhost:8080/kv/a?query HTTP/1.1: RFC 9112 3.2.2
 REQUEST_LINE = re.compile(
@@ -346,17 +344,17 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
     return match[1].lower(), match[2].strip(b" \t")
 
 
-# The values of each field, by its name. A field may stand on several lines.
-Values = dict[bytes, list[bytes]]
+# The values of each field by its name, one for each line on which it stands.
+FieldValues = dict[bytes, list[bytes]]
 
 
-def list_members(values: Values, name: bytes) -> set[bytes]:
+def list_members(values: FieldValues, name: bytes) -> set[bytes]:
     """Return what a field lists, separated by commas, in lower case: RFC 9110 5.6.1."""
     joined = b",".join(values.get(name, [])).lower()
     return {member.strip(b" \t") for member in joined.split(b",")} - {b""}
 
 
-def find_host(values: Values, http11: bool) -> bytes:
+def find_host(values: FieldValues, http11: bool) -> bytes:
     """Return the value of the Host field: RFC 9112 3.2."""
     hosts = values.get(b"host", [])
     host = b"".join(hosts)
@@ -365,7 +363,7 @@ def find_host(values: Values, http11: bool) -> bytes:
     return host
 
 
-def find_length(values: Values, http11: bool) -> int | None:
+def find_length(values: FieldValues, http11: bool) -> int | None:
     """Return how many bytes the body has, None if it comes in chunks: RFC 9112 6.3."""
     lengths = values.get(b"content-length", [b"0"])
     codings = values.get(b"transfer-encoding", [])
@@ -375,8 +373,7 @@ def find_length(values: Values, http11: bool) -> int | None:
         raise Refusal(501, "only the chunked transfer coding")
     if codings:
         return None
-    # If there are two lengths, a proxy may have gone by the other one. And int() alone would take
-    # "+1", "1_0" and " 1 ", too.
+    # Of two lengths, a proxy may have gone by the other one. And int() would take "+1" and "1_0".
     if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
         raise Refusal(400, "invalid Content-Length")
     if int(lengths[0]) > MAX_VALUE:
@@ -384,8 +381,8 @@ def find_length(values: Values, http11: bool) -> int | None:
     return int(lengths[0])
 
 
-def check_write(values: Values) -> None:
-    """Refuse a write if a field would change what it means."""
+def check_write(values: FieldValues) -> None:
+    """Refuse a write with a field that would change its meaning."""
     if b"content-range" in values:  # the body is a part of the value: RFC 9110 14.5
         raise Refusal(400, "Content-Range is not supported: send the whole value")
     if values.keys() & {b"if-match", b"if-none-match", b"if-unmodified-since"}:  # RFC 9110 13.1
@@ -404,11 +401,11 @@ def check_write(values: Values) -> None:
 def parse_fields(
     block: bytes, method: str, target_host: bytes | None, http11: bool, checks_host: bool
 ) -> tuple[int | None, bool, bool]:
-    """Return the body's length, whether the client keeps the connection, and awaits a 100.
+    """Return the body's length, whether to keep the connection, and whether to send a 100.
 
-    The block is all field lines. Raises a Refusal if they are reason enough for one.
+    `block` is all field lines. Raises a Refusal if they are invalid or not supported.
     """
-    values: Values = {}
+    values: FieldValues = {}
     for line in block.split(b"\r\n") if block else ():
         name, value = parse_field(line)
         values.setdefault(name, []).append(value)
@@ -432,7 +429,7 @@ def parse_fields(
 #     413                       for a value over MAX_VALUE
 #     421                       for another host, on a loopback address: see LOCAL_HOST
 #     503                       for a write that is too late to be saved: see StoreClosed
-#     400, 408, 414, 431, 501   if it breaks the rules of HTTP, takes too long, or is too large
+#     400, 408, 414, 431, 501   for a request against the rules of HTTP, too slow or too large
 #
 # An answer to HEAD has no body. An unexpected error closes the connection without an answer.
 # No answer has a CORS field, so a browser does not let a page of another origin read it. Before a
@@ -520,11 +517,12 @@ class Workers:
         self._start_one_if_none_is_free()
 
     def give(self, connection: Connection) -> None:
-        with self._lock:  # no worker can be done with it before it is counted
+        with self._lock:  # so it is counted before a worker can count it off
             self._queue.put(connection)
             self.in_hand += 1
 
     def has_waiting(self) -> bool:
+        """Whether more connections are in hand than there are workers."""
         return self.in_hand > self._threads
 
     def _start_one_if_none_is_free(self) -> None:
@@ -604,12 +602,12 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def has_no_input(self) -> bool:
-        """Whether nothing has arrived, or only the end of the connection."""
+    def has_input(self) -> bool:
+        """Whether bytes have arrived. The end of the connection or an error does not count."""
         try:
-            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except OSError:
-            return True
+            return False
 
     def has_begun_request(self) -> bool:
         """Whether the buffer has a part of a request, and not only empty lines."""
@@ -638,7 +636,7 @@ class Connection:
         self._deadline = time.monotonic() + STALL_SECONDS
         self._buffer = self._buffer.lstrip(b"\r\n")  # empty lines before it: RFC 9112 2.2
         head, extra_fields = b"", b""
-        is_end_known = keep_alive = http11 = False  # as long as nothing else has been read
+        is_end_known = keep_alive = http11 = False  # until the request has been read
         try:
             head = self._take_until(b"\r\n\r\n")
             line, _, block = head.partition(b"\r\n")
@@ -664,7 +662,7 @@ class Connection:
             extra_fields += b"Connection: close\r\n"
         elif not http11:
             extra_fields += b"Connection: keep-alive\r\n"
-        # If the head never became whole, its beginning is still in the buffer.
+        # For the log, the beginning of a head that never became whole is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, content)
         if we_close:  # so the client may still be sending
             self._linger()
@@ -728,7 +726,7 @@ class Connection:
             line = self._take_until(b"\r\n")
             if not line:
                 return bytes(body)
-            parse_field(line)  # refuses a bare LF, which may end a line for a proxy
+            parse_field(line)  # refuses a bare LF: a proxy may take it for a line's end
         raise Refusal(431, "too many field lines")
 
     def _take(self, size: int) -> bytes:
@@ -761,10 +759,9 @@ class Connection:
 class Server(ThreadingHTTPServer):
     """The listener, the parked connections, and the acceptor thread, which takes care of both.
 
-    It has to be a ThreadingHTTPServer, which binds, listens, accepts, and gives each connection a
-    thread, even an idle one. Here, process_request() hands the connection to a worker instead. The
-    acceptor replaces serve_forever(), which never runs. So shutdown(), which waits for
-    serve_forever() to end, would wait for ever.
+    A ThreadingHTTPServer was asked for. It listens, accepts, and gives each connection a thread,
+    even an idle one. Here, process_request() hands the connection to a worker instead, and the
+    acceptor replaces serve_forever(). Do not call shutdown(): it waits until serve_forever() ends.
 
     The acceptor and the workers meet at the selector, and hold `_lock` to change it:
     - A worker registers a connection, which parks it. From then on, the worker must not touch it,
@@ -792,7 +789,7 @@ class Server(ThreadingHTTPServer):
         """Listen, and begin to serve. Raises OSError or RuntimeError."""
         info: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
-        super().__init__(info[4], socketserver.BaseRequestHandler)  # of which it makes none
+        super().__init__(info[4], socketserver.BaseRequestHandler)  # required, but never used
         self.socket.setblocking(False)
         # Only on a loopback address: on others, clients may know this machine by any name.
         address = self.socket.getsockname()[0]
@@ -804,9 +801,9 @@ class Server(ThreadingHTTPServer):
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.socket, selectors.EVENT_READ)
         # The system hands out the lowest free descriptor. So all below the listener's are in use.
-        # The rest is for the listener, the connections, and RESERVED_DESCRIPTORS others.
-        rest = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
-        self._max_open = max(2, rest - self.RESERVED_DESCRIPTORS)  # the listener counts
+        # The others are for the listener, the connections, and what RESERVED_DESCRIPTORS is for.
+        available = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self.fileno()
+        self._max_open = max(2, available - self.RESERVED_DESCRIPTORS)  # the listener counts
         self._is_full = False
         self._is_listening = True
         self.last_answer = 0.0  # when one was sent, on the monotonic clock
@@ -817,21 +814,21 @@ class Server(ThreadingHTTPServer):
     def stop(self) -> None:
         """Let no more clients into the listen queue; the acceptor ends after the last connection.
 
-        The acceptor then empties the queue and closes the listener, in two steps. A client that
-        came in between them would be reset. And as clients that read `Connection: close` connect
-        again, the queue might never become empty.
+        To empty the queue and to close the listener are two calls. A client that arrived between
+        them would be reset. And clients that read `Connection: close` connect again, so the queue
+        might never be empty.
         """
         SO_BINDTOIFINDEX = 62
         try:
-            # Linux now takes new clients only from the network interface of this number, and does
-            # not check that there is one. Clients that are in the listen queue stay in it.
+            # Binds the listener to a network interface that does not exist, which Linux does not
+            # check. So no new client reaches it. Those in the listen queue stay there.
             self.socket.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, 2**31 - 1)
         except OSError:  # on macOS, on Linux before 5.7, in some sandboxes
             self.socket.listen(1)  # the next best: make the queue short
         self._stopping_since = time.monotonic()
 
     def wait_until_drained(self, end: float) -> bool:
-        """Wait for the acceptor to end, for 1 s but not beyond `end`; return whether it has."""
+        """Wait up to 1 s, not beyond `end`, for the acceptor to finish; return whether it did."""
         self._acceptor.join(max(0.0, min(1.0, end - time.monotonic())))
         return not self._acceptor.is_alive()
 
@@ -841,8 +838,8 @@ class Server(ThreadingHTTPServer):
 
     def count_open(self) -> int:
         """Count the connections, and the listener until it is closed."""
-        # In_hand is read first, as a worker that parks a connection registers it first, and lowers
-        # in_hand then. So the acceptor may count one twice, but misses none.
+        # In_hand is read first: a worker registers a parked connection before it lowers in_hand. So
+        # the acceptor may count one twice, but misses none.
         return self.workers.in_hand + len(self._selector.get_map())
 
     def _run_acceptor(self) -> None:
@@ -873,7 +870,7 @@ class Server(ThreadingHTTPServer):
 
     def _accept(self) -> None:
         """Accept the clients in the listen queue. When stopping, close the listener after them."""
-        # Read first: a queue that is found empty before stop() may fill again.
+        # Read before the queue is: if it is found empty before stop(), it may fill again.
         is_stopping = self._stopping_since > 0
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
@@ -898,8 +895,8 @@ class Server(ThreadingHTTPServer):
         # A client with several connections may send its next request on any of them. So while
         # requests are served, none is closed.
         is_busy = self.workers.in_hand > 0  # read first: a worker lowers it after its answer
-        quiet_since = max(self._stopping_since, self.last_answer)
-        is_quiet = not is_busy and time.monotonic() - quiet_since >= TICK
+        last_event = max(self._stopping_since, self.last_answer)
+        is_quiet = not is_busy and time.monotonic() - last_event >= TICK
         return is_quiet or time.monotonic() - self._stopping_since >= 2.0
 
     def _close_idle(self, limit: float) -> None:
@@ -909,10 +906,10 @@ class Server(ThreadingHTTPServer):
             if not connection or time.monotonic() - connection.idle_since < limit:
                 break
             self._unpark(connection)
-            if connection.has_no_input():
-                connection.close()
-            else:
+            if connection.has_input():
                 self.workers.give(connection)
+            else:
+                connection.close()
 
     def _longest_parked(self) -> Connection | None:
         with self._lock:
@@ -926,7 +923,7 @@ class Server(ThreadingHTTPServer):
             self._selector.register(connection, selectors.EVENT_READ, connection)
 
     def _unpark(self, connection: Connection) -> None:
-        # Always before the close, after which another connection may have the same descriptor.
+        # Before a close(), after which another connection may get the same descriptor.
         with self._lock:
             self._selector.unregister(connection)
 
@@ -947,9 +944,9 @@ class Server(ThreadingHTTPServer):
             self.log.error(error)
 
 
-# ---- Shutdown: when to save, and the order of the four steps ----
+# ---- Shutdown: when to save, and how long to wait ----
 
-# SIGUSR1: an operator asks for a save. SIGALRM: the timer of --save-every does.
+# SIGUSR1 comes from an operator, SIGALRM from the timer of --save-every.
 SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}
 # What people and supervisors send again when they have lost patience.
 IMPATIENT = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
@@ -971,7 +968,7 @@ def save_pairs(store: Store, snapshot: Snapshot, log: Log) -> bool:
 
 
 def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int, float]:
-    """Save when asked to. Return the signal that stops the server, and when its time began."""
+    """Save when asked to. Return the signal that stops the server, and when it came."""
     while True:
         received = signal.sigwait(stop_signals | SAVE_SIGNALS)
         begin = time.monotonic()
@@ -980,15 +977,15 @@ def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stop_signals:
-            # It came at some time during the save. So its time began before the save at worst.
+            # It came during the save. So say that it came before, which is the worst case.
             return signal.sigwait(stop_signals), begin
 
 
 def drain(server: Server, save: Save, begin: float, end: float) -> None:
-    """Stop the server, and wait for what is in flight, until `end` or an impatient signal."""
-    server.stop()
+    """Take the steps Stop, Idle and Drain, until `end` or an impatient signal."""
+    server.stop()  # the acceptor does the step Idle: see Server._take_turn
     is_drained = server.wait_until_drained(end)
-    # Under npm, one Ctrl-C arrives as two signals. So drop those of the first second.
+    # Drop the signals of the first second: under npm, one Ctrl-C arrives as two.
     while signal.sigpending() & IMPATIENT:
         signal.sigwait(IMPATIENT)
     if not is_drained:
@@ -1012,7 +1009,7 @@ def shut_down(server: Server, save: Save, begin: float, seconds: float) -> bool:
         drain(server, save, begin, begin + 0.8 * seconds)  # the rest is for the last save
     except Exception as error:  # whatever it is, the last save is made
         server.log.error(error)
-    server.store.close()
+    server.store.close()  # step Save: a write that comes later is answered 503
     return save()
 
 
@@ -1073,8 +1070,8 @@ def stay_on_one_core() -> None:
     Only one thread at a time has the interpreter lock. Waking another core each time the lock is
     passed on costs half the requests per second with 64 busy connections.
     """
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()  # 3.13 may be built without it
-    if has_lock and hasattr(os, "sched_setaffinity"):
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()  # 3.13 may be built without it
+    if has_gil and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             # A random one, as several servers may run here.
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
@@ -1126,7 +1123,7 @@ def main() -> None:
         os.umask(0o077)  # only the owner may read the snapshot
         stay_on_one_core()
         raise_descriptor_limit()
-        snapshot.open()
+        snapshot.prepare()
         attempt = f"load {snapshot.path!r} (move it away to start empty, or restore a backup)"
         pairs = snapshot.load()
         attempt = f"listen on {arguments.host!r} port {arguments.port} (see --host and --port)"
