@@ -6,9 +6,10 @@ text of 1 byte to 10 MiB, and a value comes back byte for byte. --help lists the
 
     PUT    /kv/{key}   store the body under key
     GET    /kv/{key}   the value
-    DELETE /kv/{key}   remove the key, whether it is there or not
+    DELETE /kv/{key}   remove the key; no error if there is none
     DELETE /clear      remove every key
     GET    /health     the word ok
+    HEAD               like GET, without the body
 
 A thread called *acceptor* accepts connections, *workers* serve requests, the main thread saves. In
 its life, a connection is *accepted*, then *in hand* (it waits for a worker, or has one), then
@@ -16,12 +17,12 @@ its life, a connection is *accepted*, then *in hand* (it waits for a worker, or 
 
 All pairs live in memory. A signal such as SIGTERM or Ctrl-C begins a shutdown, which writes them to
 a snapshot in the working directory. The next start reads the snapshot. A crash loses what was
-written since the last snapshot. A shutdown has four steps:
+written since the last snapshot. A shutdown has four steps, of which the first three overlap:
 
-    Stop    No more clients are let into the listen queue, and those in it are accepted. Answers say
-            `Connection: close`, unless the client's next request has already been received.
+    Stop    New clients are kept out. Clients that are in the listen queue are accepted. Answers say
+            `Connection: close`, unless the client's next request is already in the buffer.
     Idle    A parked connection that sends a request is still served. The others are closed when no
-            connection is in hand and the last answer is 0.2 s old, at the latest after 2 s.
+            connection is in hand and none was answered for 0.2 s, and after 2 s in any case.
     Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
             since the signal (12 s of 15 s). After the first second, changes are saved every second.
     Save    Writes are answered 503, and the last snapshot is written.
@@ -127,7 +128,7 @@ class Store:
         """Return all pairs, in a dict that later writes leave alone."""
         with self._lock:
             self.has_changed = False
-            # Writes go on during a save, so a save works on a copy. The copy shares the strings, and
+            # Writes go on during a save, so a save works on a copy. A copy shares the strings, and
             # takes 30 ms for a million pairs. After `close` there are no more writes.
             return self._pairs if self._closed else self._pairs.copy()
 
@@ -196,8 +197,8 @@ def read_pairs(path: str) -> dict[str, str]:
 class Snapshot:
     """The snapshot in a working directory.
 
-    Each save looks up the whole path again. After a network share has been mounted anew, `.` and
-    open descriptors still lead to the old mount.
+    Each save looks up the whole path again, because after a network share has been mounted anew,
+    `.` and open descriptors still lead to the old mount.
     """
 
     def __init__(self, directory: str) -> None:
@@ -252,8 +253,8 @@ class Snapshot:
 class Log:
     """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
 
-    A pipe that select() calls writable takes PIPE_BUF bytes at once. A terminal may take fewer. So
-    it is opened a second time, non-blocking.
+    A pipe that select() calls writable takes PIPE_BUF bytes at once. A terminal may take fewer, so
+    the terminal is opened a second time, non-blocking.
     """
 
     def __init__(self) -> None:
@@ -299,9 +300,9 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# On a loopback address, the server accepts only these of the valid Host values: a name without
-# inner dots such as localhost, an IP address, or none. Any other name may be DNS rebinding: the
-# owner of a.example points it at 127.0.0.1, and a browser lets pages of a.example read this server.
+# On a loopback address, Host must be a name without inner dots (localhost), an IP address, or empty.
+# Any other name may be DNS rebinding: the owner of a.example points it at 127.0.0.1, and then a
+# browser lets the pages of a.example read this server.
 LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
 # GET /kv/a?query HTTP/1.1, or GET http://localhost:8080/kv/a?query HTTP/1.1: RFC 9112 3.2.2
 REQUEST_LINE = re.compile(
@@ -373,7 +374,7 @@ def find_length(values: FieldValues, http11: bool) -> int | None:
         raise Refusal(501, "only the chunked transfer coding")
     if codings:
         return None
-    # Of two lengths, a proxy may have gone by the other one. And int() would take "+1" and "1_0".
+    # Of two lengths, a proxy may have used the other one. And int() would take "+1" and "1_0".
     if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
         raise Refusal(400, "invalid Content-Length")
     if int(lengths[0]) > MAX_VALUE:
@@ -505,7 +506,7 @@ class Workers:
     starts the next one, while the acceptor only accepts. Workers never leave: 1,000 take 20 MB.
     """
 
-    # This many stalled clients hold up all others. More workers would take more memory.
+    # A compromise: this many stalled clients hold up all others, and more threads take more memory.
     MAX_THREADS = 1200
 
     def __init__(self, serve: Callable[[Connection], None]) -> None:
@@ -517,7 +518,7 @@ class Workers:
         self._start_one_if_none_is_free()
 
     def give(self, connection: Connection) -> None:
-        with self._lock:  # so it is counted before a worker can count it off
+        with self._lock:  # a worker needs the lock, too, to count the connection off
             self._queue.put(connection)
             self.in_hand += 1
 
@@ -574,7 +575,7 @@ class Connection:
     """Reads the requests of one client, and answers them.
 
     The server knows what one connection does not: whether answers say `Connection: close`, and
-    whether other connections wait for a worker. Server._serve_or_park tells what follows serve().
+    whether other connections wait for a worker. What follows serve() is in Server._serve_or_park.
     """
 
     # Slots keep an idle connection small.
@@ -614,7 +615,7 @@ class Connection:
         return bool(self._buffer.strip(b"\r\n"))
 
     def serve(self) -> None:
-        """Serve requests until none comes for a tick, or another connection needs the worker."""
+        """Serve requests until none comes for a tick, another needs the worker, or all is over."""
         while self._wait_for_request():
             self._serve_request()
             if self.is_over or self._server.workers.has_waiting():
@@ -662,7 +663,7 @@ class Connection:
             extra_fields += b"Connection: close\r\n"
         elif not http11:
             extra_fields += b"Connection: keep-alive\r\n"
-        # For the log, the beginning of a head that never became whole is still in the buffer.
+        # The beginning of a head that never became whole is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, content)
         if we_close:  # so the client may still be sending
             self._linger()
@@ -779,8 +780,8 @@ class Server(ThreadingHTTPServer):
     # How many seconds a connection may stay parked. Clients and proxies close theirs sooner (nginx
     # 60 s, Go 90 s), and it is better if they do: a close by the server may cross a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server, which has to make room. A new connection may stay silent for 7 s if
-    # packets are lost.
+    # The same in a full server, which has to make room. It is more than the 7 s that a new client's
+    # first packets may take if they are lost.
     IDLE_SECONDS_FULL = 10.0
     # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
@@ -814,9 +815,9 @@ class Server(ThreadingHTTPServer):
     def stop(self) -> None:
         """Let no more clients into the listen queue; the acceptor ends after the last connection.
 
-        To empty the queue and to close the listener are two calls. A client that arrived between
-        them would be reset. And clients that read `Connection: close` connect again, so the queue
-        might never be empty.
+        Emptying the queue and closing the listener takes two calls, and a client that arrived
+        between them would be reset. And clients that read `Connection: close` connect again, so
+        that the queue might never be empty.
         """
         SO_BINDTOIFINDEX = 62
         try:
@@ -870,7 +871,7 @@ class Server(ThreadingHTTPServer):
 
     def _accept(self) -> None:
         """Accept the clients in the listen queue. When stopping, close the listener after them."""
-        # Read before the queue is: if it is found empty before stop(), it may fill again.
+        # Read this before the queue: a queue that is found empty before stop() may fill again.
         is_stopping = self._stopping_since > 0
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
@@ -908,8 +909,8 @@ class Server(ThreadingHTTPServer):
             self._unpark(connection)
             if connection.has_input():
                 self.workers.give(connection)
-            else:
-                connection.close()
+                break  # its client is not idle, and may send on the others, too
+            connection.close()
 
     def _longest_parked(self) -> Connection | None:
         with self._lock:
@@ -923,7 +924,7 @@ class Server(ThreadingHTTPServer):
             self._selector.register(connection, selectors.EVENT_READ, connection)
 
     def _unpark(self, connection: Connection) -> None:
-        # Before a close(), after which another connection may get the same descriptor.
+        # Unregister before close(): after that, another connection may get the same descriptor.
         with self._lock:
             self._selector.unregister(connection)
 
@@ -948,7 +949,7 @@ class Server(ThreadingHTTPServer):
 
 # SIGUSR1 comes from an operator, SIGALRM from the timer of --save-every.
 SAVE_SIGNALS = {signal.SIGUSR1, signal.SIGALRM}
-# What people and supervisors send again when they have lost patience.
+# Ctrl-C, kill and Ctrl-\, which people and supervisors send again when they have lost patience.
 IMPATIENT = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
 Save = Callable[[], bool]  # a function that saves the store, and returns whether that worked
 
@@ -977,7 +978,7 @@ def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stop_signals:
-            # It came during the save. So say that it came before, which is the worst case.
+            # It came during the save, nobody knows when. So count from the beginning of the save.
             return signal.sigwait(stop_signals), begin
 
 
@@ -1057,9 +1058,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def raise_descriptor_limit() -> None:
     """Have as many descriptors as this process may have, since each connection needs one."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:  # macOS, which allows less than it says
-        hard = 10_240
+        hard = max(soft, 10_240)
     with contextlib.suppress(OSError, ValueError):  # it works with fewer, too
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
