@@ -300,7 +300,7 @@ HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)
 PORT = rb"(?::[0-9]*)?"
 # Host: localhost:8080
 HOST_VALUE = re.compile(rb"(?:" + HOST + rb")?" + PORT)
-# On a loopback address, Host must be a name without inner dots (localhost), an IP address, or empty.
+# On a loopback address, Host must be a name without inner dots (localhost), an IP address, or none.
 # Any other name may be DNS rebinding: the owner of a.example points it at 127.0.0.1, and then a
 # browser lets the pages of a.example read this server.
 LOCAL_HOST = re.compile(rb"(?:[A-Za-z0-9_-]*\.?|[0-9.]+|\[.*\])" + PORT)
