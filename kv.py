@@ -20,7 +20,7 @@ a snapshot in the working directory. The next start reads the snapshot. A crash 
 written since the last snapshot. A shutdown has four steps, of which the first three overlap:
 
     Stop    New clients are kept out. Clients that are in the listen queue are accepted. Answers say
-            `Connection: close`, unless the client's next request is already in the buffer.
+            `Connection: close`, unless the client's next request has already arrived.
     Idle    A parked connection that sends a request is still served. The others are closed when no
             connection is in hand and none was answered for 0.2 s, and after 2 s in any case.
     Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
@@ -603,16 +603,17 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def has_input(self) -> bool:
-        """Whether bytes have arrived. The end of the connection or an error does not count."""
-        try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False
-
     def has_begun_request(self) -> bool:
         """Whether the buffer has a part of a request, and not only empty lines."""
         return bool(self._buffer.strip(b"\r\n"))
+
+    def has_input(self) -> bool:
+        """Whether more has arrived, in the buffer or behind it; the connection's end is nothing."""
+        try:
+            peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return self.has_begun_request() or bool(self._socket.recv(1, peek))
+        except OSError:
+            return False
 
     def serve(self) -> None:
         """Serve requests until none comes for a tick, another needs the worker, or all is over."""
@@ -657,7 +658,7 @@ class Connection:
         except StoreClosed:
             status, content = 503, b"shutting down\n"
         # If the end of this request is unknown, so is the beginning of the next one.
-        we_close = not is_end_known or (self._server.says_close() and not self.has_begun_request())
+        we_close = not is_end_known or (self._server.says_close() and not self.has_input())
         self.is_over = we_close or not keep_alive
         if self.is_over:
             extra_fields += b"Connection: close\r\n"
@@ -666,7 +667,7 @@ class Connection:
         # The beginning of a head that never became whole is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, content)
         if we_close:  # so the client may still be sending
-            self._linger()
+            self._linger(TICK if is_end_known else 5.0)
 
     def _answer(self, head: bytes, status: int, extra_fields: bytes, content: bytes) -> None:
         """Send an answer in one write: two would be two packets."""
@@ -680,17 +681,18 @@ class Connection:
         self._socket.sendall(b"".join((beginning, extra_fields, length_field, body)))
         self._server.last_answer = time.monotonic()
 
-    def _linger(self) -> None:
-        """Half-close, and throw away what comes until the client closes or pauses, 5 s at most.
+    def _linger(self, seconds: float) -> None:
+        """Half-close, and throw away what comes until the client closes, that long at most.
 
         Closing with unread input would send a reset, which can reach the client before it has read
         the answer: RFC 9112 9.6.
         """
         self._socket.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + 5.0
-        with contextlib.suppress(BlockingIOError):
-            while time.monotonic() < end and self._socket.recv(RECEIVE_SIZE):
-                pass
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):  # nothing has come for a tick
+                if not self._socket.recv(RECEIVE_SIZE):
+                    break
 
     def _take_until(self, end: bytes) -> bytes:
         """Take everything up to `end` out of the buffer, and return it without its end."""
@@ -815,9 +817,8 @@ class Server(ThreadingHTTPServer):
     def stop(self) -> None:
         """Let no more clients into the listen queue; the acceptor ends after the last connection.
 
-        Emptying the queue and closing the listener takes two calls, and a client that arrived
-        between them would be reset. And clients that read `Connection: close` connect again, so
-        that the queue might never be empty.
+        Otherwise, clients that read `Connection: close` would connect again, and the queue might
+        never be empty. And a client that came just before the listener is closed would be reset.
         """
         SO_BINDTOIFINDEX = 62
         try:
@@ -837,14 +838,14 @@ class Server(ThreadingHTTPServer):
         """Whether answers say `Connection: close`, to have fewer connections."""
         return self._is_full or self._stopping_since > 0
 
-    def count_open(self) -> int:
+    def _count_open(self) -> int:
         """Count the connections, and the listener until it is closed."""
         # In_hand is read first: a worker registers a parked connection before it lowers in_hand. So
         # the acceptor may count one twice, but misses none.
         return self.workers.in_hand + len(self._selector.get_map())
 
     def _run_acceptor(self) -> None:
-        while not self._stopping_since or self.count_open():
+        while not self._stopping_since or self._count_open():
             try:
                 self._take_turn()
             except Exception as error:  # whatever it is, the others are served
@@ -862,25 +863,24 @@ class Server(ThreadingHTTPServer):
             if ready.data:  # a connection, not the listener
                 self._unpark(ready.data)
                 self.workers.give(ready.data)
+        may_hang_up = self._may_hang_up()
         if self._is_listening:
-            self._accept()
-        if not self._stopping_since:
-            self._close_idle(self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS)
-        elif self._may_close_parked():
+            self._accept(may_hang_up)
+        if may_hang_up:
             self._close_idle(0.0)
+        else:
+            self._close_idle(self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS)
 
-    def _accept(self) -> None:
-        """Accept the clients in the listen queue. When stopping, close the listener after them."""
-        # Read this before the queue: a queue that is found empty before stop() may fill again.
-        is_stopping = self._stopping_since > 0
+    def _accept(self, may_hang_up: bool) -> None:
+        """Accept the clients in the listen queue. If it is empty, perhaps close the listener."""
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
-                self._is_full = self.count_open() >= self._max_open
+                self._is_full = self._count_open() >= self._max_open
                 if self._is_full:
                     return
                 self.process_request(*self.get_request())
         except BlockingIOError:  # the queue is empty
-            if is_stopping:
+            if may_hang_up:
                 with self._lock:
                     self._selector.unregister(self.socket)
                 self._is_listening = False
@@ -891,10 +891,12 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         self.workers.give(Connection(request, client_address, self))
 
-    def _may_close_parked(self) -> bool:
-        """Whether, in a shutdown, the parked connections can be closed."""
-        # A client with several connections may send its next request on any of them. So while
-        # requests are served, none is closed.
+    def _may_hang_up(self) -> bool:
+        """Whether the server stops, and the parked connections and the listener can be closed."""
+        if not self._stopping_since:
+            return False
+        # A client with several connections may send its next request on any of them. And a client
+        # may be about to come into the listen queue. So wait until all is quiet for a tick.
         is_busy = self.workers.in_hand > 0  # read first: a worker lowers it after its answer
         last_event = max(self._stopping_since, self.last_answer)
         is_quiet = not is_busy and time.monotonic() - last_event >= TICK
@@ -991,7 +993,7 @@ def drain(server: Server, save: Save, begin: float, end: float) -> None:
         signal.sigwait(IMPATIENT)
     if not is_drained:
         left = max(0.0, end - time.monotonic())
-        what = f"{server.count_open()} connection(s), {left:.0f} s at most"
+        what = f"{server.workers.in_hand} connection(s), {left:.0f} s at most"
         server.log(f"waiting for {what}; SIGTERM or Ctrl-C ends that")
     while not is_drained and time.monotonic() < end and not signal.sigpending() & IMPATIENT:
         # In case SIGKILL comes before the last save.
