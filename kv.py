@@ -22,7 +22,7 @@ written since the last snapshot. A shutdown has four steps, of which the first t
     Stop    New clients are kept out. Clients that are in the listen queue are accepted. Answers say
             `Connection: close`, unless the client's next request has already arrived.
     Idle    A parked connection that sends a request is still served. The others are closed when no
-            connection is in hand and none was answered for 0.2 s, and after 2 s in any case.
+            connection is in hand and the last answer is 0.2 s old, and after 2 s in any case.
     Drain   Requests in flight are waited for, until four fifths of --graceful-timeout have passed
             since the signal (12 s of 15 s). After the first second, changes are saved every second.
     Save    Writes are answered 503, and the last snapshot is written.
@@ -125,7 +125,7 @@ class Store:
             self._reserve.clear()
 
     def begin_save(self) -> dict[str, str]:
-        """Return all pairs, in a dict that later writes leave alone."""
+        """Return all pairs, in a dict that later writes do not change."""
         with self._lock:
             self.has_changed = False
             # Writes go on during a save, so a save works on a copy. A copy shares the strings, and
@@ -197,8 +197,8 @@ def read_pairs(path: str) -> dict[str, str]:
 class Snapshot:
     """The snapshot in a working directory.
 
-    Each save looks up the whole path again, because after a network share has been mounted anew,
-    `.` and open descriptors still lead to the old mount.
+    Each save looks up the whole path again: if a network share has been mounted anew, `.` and open
+    descriptors still lead to the old mount. (So does the lock.)
     """
 
     def __init__(self, directory: str) -> None:
@@ -251,7 +251,7 @@ class Snapshot:
 
 
 class Log:
-    """Lines on stderr. If nobody reads them, a line is dropped rather than waited for.
+    """Lines on stderr. If nobody reads them, lines are dropped, and no thread waits.
 
     A pipe that select() calls writable takes PIPE_BUF bytes at once. A terminal may take fewer, so
     the terminal is opened a second time, non-blocking.
@@ -374,7 +374,7 @@ def find_length(values: FieldValues, http11: bool) -> int | None:
         raise Refusal(501, "only the chunked transfer coding")
     if codings:
         return None
-    # Of two lengths, a proxy may have used the other one. And int() would take "+1" and "1_0".
+    # If there are two, a proxy may have used the other one. And int() would take "+1" and "1_0".
     if len(set(lengths)) > 1 or not LENGTH.fullmatch(lengths[0]):
         raise Refusal(400, "invalid Content-Length")
     if int(lengths[0]) > MAX_VALUE:
@@ -396,7 +396,7 @@ def check_write(values: FieldValues) -> None:
 
 
 # Parsing a header costs more than the rest of a request, and most clients repeat theirs byte for
-# byte. So up to 128 results are remembered, but no Refusal. A result depends on the arguments
+# byte. So up to 128 results are remembered. Refusals are not. A result depends on the arguments
 # alone. The path and the body, which differ from request to request, are not arguments.
 @functools.lru_cache
 def parse_fields(
@@ -608,7 +608,7 @@ class Connection:
         return bool(self._buffer.strip(b"\r\n"))
 
     def has_input(self) -> bool:
-        """Whether more has arrived, in the buffer or behind it; the connection's end is nothing."""
+        """Whether more has arrived, in the buffer or behind it. The end of a stream is nothing."""
         try:
             peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
             return self.has_begun_request() or bool(self._socket.recv(1, peek))
@@ -666,7 +666,7 @@ class Connection:
             extra_fields += b"Connection: keep-alive\r\n"
         # The beginning of a head that never became whole is still in the buffer.
         self._answer(head or self._buffer, status, extra_fields, content)
-        if we_close:  # so the client may still be sending
+        if we_close:  # the client did not ask for it, so it may still be sending
             self._linger(TICK if is_end_known else 5.0)
 
     def _answer(self, head: bytes, status: int, extra_fields: bytes, content: bytes) -> None:
@@ -782,8 +782,8 @@ class Server(ThreadingHTTPServer):
     # How many seconds a connection may stay parked. Clients and proxies close theirs sooner (nginx
     # 60 s, Go 90 s), and it is better if they do: a close by the server may cross a request.
     IDLE_SECONDS = 120.0
-    # The same in a full server, which has to make room. It is more than the 7 s that a new client's
-    # first packets may take if they are lost.
+    # The same in a full server, which has to make room. It is more than the 7 s after which a new
+    # client's first packets, if they are lost, have been sent again.
     IDLE_SECONDS_FULL = 10.0
     # Descriptors for the selector, the file that is being saved, its directory, the interpreter.
     RESERVED_DESCRIPTORS = 16
@@ -980,7 +980,7 @@ def wait_for_stop(store: Store, save: Save, stop_signals: set[int]) -> tuple[int
         if received == signal.SIGUSR1 or store.has_changed:
             save()
         if signal.sigpending() & stop_signals:
-            # It came during the save, nobody knows when. So count from the beginning of the save.
+            # It came at some time during the save. So count from the beginning of the save.
             return signal.sigwait(stop_signals), begin
 
 
@@ -1092,9 +1092,9 @@ def dump(snapshot: Snapshot) -> None:
 def block_signals() -> set[int]:
     """Have signals wait until the main thread asks for them; return those that stop the server.
 
-    A signal handler runs in the main thread, which cannot go on before the handler returns. If the
-    handler waits for that thread to release a lock, or, in shutdown(), to end serve_forever(), it
-    waits for ever.
+    A signal handler runs on top of the main thread's code, which goes on when the handler returns.
+    So a handler that waits for that code to release a lock, or, in shutdown(), to end
+    serve_forever(), waits for ever.
     """
     # All signals but these and SAVE_SIGNALS stop the server. Some exist only on some systems.
     names = (
