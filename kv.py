@@ -608,7 +608,7 @@ class Connection:
         return bool(self._buffer.strip(b"\r\n"))
 
     def has_input(self) -> bool:
-        """Whether more has arrived, in the buffer or behind it. The end of a stream is nothing."""
+        """Whether more has arrived, in the buffer or behind it, other than the stream's end."""
         try:
             peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
             return self.has_begun_request() or bool(self._socket.recv(1, peek))
@@ -616,7 +616,7 @@ class Connection:
             return False
 
     def serve(self) -> None:
-        """Serve requests until none comes for a tick, another needs the worker, or all is over."""
+        """Serve requests until none comes for a tick, another needs the worker, or it is over."""
         while self._wait_for_request():
             self._serve_request()
             if self.is_over or self._server.workers.has_waiting():
@@ -872,7 +872,7 @@ class Server(ThreadingHTTPServer):
             self._close_idle(self.IDLE_SECONDS_FULL if self._is_full else self.IDLE_SECONDS)
 
     def _accept(self, may_hang_up: bool) -> None:
-        """Accept the clients in the listen queue. If it is empty, perhaps close the listener."""
+        """Accept all clients in the listen queue. Then, if `may_hang_up`, close the listener."""
         try:
             for _ in range(1000):  # not without end, as parked connections wait, too
                 self._is_full = self._count_open() >= self._max_open

@@ -1902,7 +1902,7 @@ class ScarcityTest(KVTest):
             for path in Path(f"/proc/{server.process.pid}/fd").iterdir()
             if str(path.readlink()).startswith("socket:")
         )
-        most, before = 63 - listener - kv.Server.RESERVED_DESCRIPTORS, server.descriptors()
+        most, before = 64 - (listener + 1) - kv.Server.RESERVED_DESCRIPTORS, server.descriptors()
         clients = [self.client(server) for _ in range(most)]
         wait_until(lambda: server.descriptors() == before + len(clients), "all are accepted")
         time.sleep(2 * kv.TICK)  # until all are parked
@@ -2176,7 +2176,7 @@ class DrainTest(KVTest):
     def test_the_backlog_is_served_also_when_there_are_no_descriptors(self) -> None:
         """And a full server goes on saying close."""
         server = self.start(preexec_fn=limited("NOFILE", 40))
-        idle = [self.client(server) for _ in range(40 - 6 - kv.Server.RESERVED_DESCRIPTORS)]
+        idle = [self.client(server) for _ in range(40 - (5 + 1) - kv.Server.RESERVED_DESCRIPTORS)]
         for client in idle:
             client.request("GET", "/health")
         waiting = [self.client(server) for _ in range(60)]  # which stay when they are answered
